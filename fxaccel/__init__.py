@@ -1,0 +1,18 @@
+"""fxaccel: verified rewrites of PyTorch models on FX graphs.
+
+    fast = fxaccel.accelerate(model)
+
+See README.md for the tutorial, `fxaccel.rule` for how a pass is written.
+"""
+
+from fxaccel.errors import (
+    ArtifactError, CaptureError, FxaccelError, OptionError, ProofError, RuleError,
+)  # fmt: skip
+from fxaccel.module import AcceleratedModule, accelerate
+from fxaccel.rule import Pass, Rule, Rules, register
+
+__all__ = [
+    "AcceleratedModule", "ArtifactError", "CaptureError", "FxaccelError", "OptionError", "Pass",
+    "ProofError", "Rule", "RuleError", "Rules", "accelerate", "register",
+]  # fmt: skip
+__version__ = "0.1.0"

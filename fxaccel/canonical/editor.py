@@ -1,0 +1,397 @@
+"""What the steps of the canonical form share: safe edits of a program, and questions about its values.
+
+A step asks `at(node, target)` before it looks through a node, and builds with `call`. It never has to
+think about storage: nodes whose storage is written later are opaque (`frozen`), and `forward` declines
+where an output would become an alias that it was not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from fxaccel import ir
+from fxaccel.ir import Program, expr, is_call
+
+aten = torch.ops.aten
+BY = "canonicalize"
+Shape = tuple[sympy.Expr, ...]
+Step = Callable[["Editor", fx.Node], fx.Node | None]
+
+STEPS: dict[Any, list[Step]] = {}
+ORDER: list[Step] = []
+UNDER_AUTOCAST: set[Step] = set()
+
+
+def on(*targets: Any, autocast: bool = False) -> Callable[[Step], Step]:
+    """Register a step for calls of `targets`; `autocast` says that it also holds under autocast.
+
+    A step returns the node that takes the place of its argument, the argument itself where it changed
+    that in place, or None where there is nothing to do.
+    """
+
+    def register(step: Step) -> Step:
+        ORDER.append(step)
+        if autocast:
+            UNDER_AUTOCAST.add(step)
+        for target in targets:
+            STEPS.setdefault(target, []).append(step)
+        return step
+
+    return register
+
+
+@functools.cache
+def _plain(target: Any) -> bool:
+    """Whether no call of `target` can write to or share the storage of an argument."""
+    if isinstance(target, torch._ops.OpOverload):
+        schema = target._schema
+        marked = any(a.alias_info for a in (*schema.arguments, *schema.returns))
+        return not marked and target not in ir._MAY_ALIAS_FIRST and target is not ir._BATCH_NORM
+    return False
+
+
+class Storage:
+    """Which values may share storage, kept up to date while the graph is edited."""
+
+    def __init__(self, program: Program) -> None:
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.external: set[fx.Node] = set()
+        self.escaping: set[fx.Node] = set()
+        self.last_write: dict[fx.Node, fx.Node] = {}
+        for node in program.graph.nodes:
+            root = self.root(node)
+            if node.op == "placeholder":
+                self.external.add(root)
+        for node in program.graph.nodes:
+            if node.op == "output":
+                self.escaping.update(self.root(n) for n in node.all_input_nodes)
+            elif not _plain(node.target):
+                for target in ir.mutated_arguments(node):
+                    self.last_write[self.root(target)] = node
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The representative of the values that may share storage with `node`."""
+        if node not in self.parent:
+            self.parent[node] = node
+            if node.op == "call_function" and not _plain(node.target):
+                for other in ir.aliased_arguments(node):
+                    self.unite(node, other)
+        while self.parent[node] is not node:
+            self.parent[node] = self.parent[self.parent[node]]
+            node = self.parent[node]
+        return node
+
+    def unite(self, node: fx.Node, other: fx.Node) -> None:
+        a, b = self.root(node), self.root(other)
+        if a is b:
+            return
+        self.parent[a] = b
+        for marks in (self.external, self.escaping):
+            if a in marks:
+                marks.add(b)
+        if a in self.last_write:
+            self.last_write[b] = max(self.last_write[a], self.last_write.get(b, self.last_write[a]))
+
+    def frozen(self, node: fx.Node) -> bool:
+        """Whether a write happens at or after `node` to the storage it makes or reads."""
+        if not self.last_write:
+            return False
+        for value in (node, *node.all_input_nodes):
+            write = self.last_write.get(self.root(value))
+            if write is not None and not write < node:
+                return True
+        return False
+
+
+class Editor:
+    """A program under rewriting: `node` is the one the running step was called for."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.graph = program, program.graph
+        self.storage = Storage(program)
+        self.regions: tuple[ir.Region, ...] = ()
+        self.done: set[fx.Node] = set()  # nodes whose arguments are known to be in normal form
+        self.counts: Counter[str] = Counter()
+        self._shapes: dict[int, tuple[Any, Shape]] = {}
+        self._numbers: dict[fx.Node, Tensor | None] = {}
+        self._from_state: dict[fx.Node, bool] = {}
+        self._sizes: dict[sympy.Expr, fx.Node] = {}
+
+    def refresh(self) -> None:
+        """Recompute what edits have made needlessly cautious."""
+        self.program.changed()
+        self.storage = Storage(self.program)
+        self._numbers.clear()
+        self._from_state.clear()
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def at(self, node: Any, *targets: Any) -> bool:
+        """Whether `node` calls one of `targets` in the present regions and may be looked through."""
+        return (
+            is_call(node, *targets)
+            and node.meta.get("regions", ()) == self.regions
+            and not self.storage.frozen(node)
+        )
+
+    def once(self, node: Any, *targets: Any) -> bool:
+        """`at`, and nothing but one node reads it."""
+        return self.at(node, *targets) and len(node.users) == 1
+
+    def shape(self, node: fx.Node) -> Shape:
+        """Sizes of the tensor that `node` computes, as expressions."""
+        return self.shape_of(node.meta["val"])
+
+    def shape_of(self, val: Tensor) -> Shape:
+        known = self._shapes.get(id(val))
+        if known is None:
+            known = self._shapes[id(val)] = (val, tuple(expr(s) for s in val.shape))
+        return known[1]
+
+    def arguments(self, node: fx.Node) -> Iterable[Any]:
+        """Every argument of an operator call, in the order of its schema."""
+        return ir.arguments(node).values()
+
+    def from_state(self, node: fx.Node) -> bool:
+        """Whether the value depends on parameters, buffers and constants alone."""
+        pending = [node]
+        while pending:
+            n = pending[-1]
+            inputs = n.all_input_nodes
+            if n in self._from_state:
+                pending.pop()
+            elif n.op == "placeholder" or not inputs or ir.is_random(n):
+                self._from_state[n] = n.op == "placeholder" and n.name in self.program.state
+            elif unknown := [i for i in inputs if i not in self._from_state]:
+                pending += unknown
+            else:
+                self._from_state[n] = all(self._from_state[i] for i in inputs)
+        return self._from_state[node]
+
+    def number(self, arg: Any) -> float | int | None:
+        """The number that an argument is, or that a constant 0-d tensor holds."""
+        if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+            return arg
+        if not is_tensor(arg) or arg.meta["val"].dim() != 0:
+            return None
+        constant = self._constant(arg, 4)
+        return None if constant is None or constant.dtype is torch.bool else constant.item()
+
+    def _constant(self, node: fx.Node, depth: int) -> Tensor | None:
+        if node in self._numbers:
+            return self._numbers[node]
+        value = None
+        if self.storage.root(node) in self.storage.last_write or not depth:
+            return None
+        if node.op == "placeholder":
+            slot = self.program.state.get(node.name)
+            if slot is not None and slot.kind == "constant":
+                value = self.program.constants[slot.name]
+        elif node.target in _CONSTANT_OPS and node.meta["val"].device.type == "cpu":
+            known = {n: self._constant(n, depth - 1) for n in node.all_input_nodes}
+            if all(k is not None and k.device.type == "cpu" for k in known.values()):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+        self._numbers[node] = value
+        return value
+
+    # -- building ---------------------------------------------------------------------------------
+
+    def call(self, like: fx.Node, target: Any, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+        """A new call before `like`, which lends its provenance; run on fake values if `val` is not known."""
+        with self.graph.inserting_before(like):
+            return ir.call(self.graph, like, target, args, kwargs, by=BY, val=val)
+
+    def forward(self, node: fx.Node, to: fx.Node) -> fx.Node | None:
+        """`to` for the place of `node`, None where an output would newly be an alias."""
+        storage = self.storage
+        a, b = storage.root(node), storage.root(to)
+        if a is b:
+            return to
+        if a in storage.escaping and (b in storage.external or b in storage.escaping):
+            return None
+        storage.unite(node, to)
+        return to
+
+    def exposed(self, node: fx.Node) -> bool:
+        """Whether the value may be, or share storage with, an output of the model."""
+        return self.storage.root(node) in self.storage.escaping
+
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """Put `new` in the place of `node` and erase what nothing reads any more."""
+        node.replace_all_uses_with(new)
+        self.erase(node)
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a node that nothing reads, and whatever was only there for it."""
+        pending = [node]
+        while pending:
+            dead = pending.pop()
+            if dead._erased or dead.users or dead.op == "placeholder":
+                continue
+            inputs = dead.all_input_nodes
+            self.graph.erase_node(dead)
+            pending += [n for n in inputs if not n.users and not ir.has_effect(n)]
+
+    # -- sizes ------------------------------------------------------------------------------------
+
+    def sizes(self, shape: Sequence[sympy.Expr], *, infer: bool = True) -> list[Any] | None:
+        """Canonical arguments for a shape, None where one of its sizes is nowhere in the graph.
+
+        Fixed sizes are numbers. A size that varies is -1 where it is the only one (and `infer`), else its
+        node; at most one size without a node may be -1.
+        """
+        out: list[Any] = [int(s) if s.is_Integer else None for s in shape]
+        varying = [i for i, s in enumerate(out) if s is None]
+        if infer and len(varying) == 1 and 0 not in out:
+            out[varying[0]] = -1
+            return out
+        for i in varying:
+            out[i] = self.size(shape[i])
+        missing = [i for i in varying if out[i] is None]
+        if missing and (not infer or len(missing) > 1 or 0 in out):
+            return None
+        for i in missing:
+            out[i] = -1
+        return out
+
+    def size(self, size: sympy.Expr) -> fx.Node | None:
+        """The node at the top of the graph that computes a size, None where it cannot be made there."""
+        known = self._sizes.get(size)
+        if known is not None and not known._erased:
+            return known
+        if size.is_Symbol:
+            node = self._input_size(size)
+        elif isinstance(size, (sympy.Mul, sympy.Add)):
+            node = self._composite_size(size)
+        else:
+            node = None
+        if node is not None:
+            self._sizes[size] = node
+        return node
+
+    def _input_size(self, symbol: sympy.Symbol) -> fx.Node | None:
+        where = self.program.sizes.get(str(symbol))
+        if where is None or self.program.inputs[where[0]] is None:
+            return None
+        source = self.program.placeholder(self.program.inputs[where[0]])  # type: ignore[arg-type]
+        return self._top(aten.sym_size.int, (source, where[1]), source.meta["val"].shape[where[1]])
+
+    def _composite_size(self, size: sympy.Expr) -> fx.Node | None:
+        combine = _multiply if isinstance(size, sympy.Mul) else _add
+        result: Any = None
+        for part in sorted(size.args, key=lambda e: (e.is_Integer, self._rank(e), str(e))):
+            term: Any = int(part) if part.is_Integer else self.size(part)
+            if term is None:
+                return None
+            if result is None:
+                result = term
+                continue
+            vals = [t.meta["val"] if isinstance(t, fx.Node) else t for t in (result, term)]
+            result = self._top(combine, (result, term), combine(*vals))
+        return result if isinstance(result, fx.Node) else None
+
+    def _rank(self, size: sympy.Expr) -> list[tuple[int, int]]:
+        """Order of sizes that does not depend on the names of symbols."""
+        return sorted(self.program.sizes.get(str(s), (0, 0)) for s in size.free_symbols)
+
+    def _top(self, target: Any, args: tuple[Any, ...], val: Any) -> fx.Node:
+        for node in self._sizes.values():
+            if not node._erased and node.target is target and node.args == args:
+                return node
+        last = None
+        for node in self.graph.nodes:
+            if node.op != "placeholder" and node not in self._tops():
+                break
+            last = node
+        with self.graph.inserting_after(last):
+            new = self.graph.call_function(target, args)
+        new.meta = {"val": val, "path": "", "source": "", "regions": (), "by": BY}
+        self._sizes.setdefault(expr(val), new)
+        return new
+
+    def _tops(self) -> set[fx.Node]:
+        return {n for n in self._sizes.values() if not n._erased}
+
+
+def _multiply(a: Any, b: Any) -> Any:
+    return a * b
+
+
+def _add(a: Any, b: Any) -> Any:
+    return a + b
+
+
+_CONSTANT_OPS = {
+    aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default, aten.sqrt.default,
+    aten.rsqrt.default, aten.reciprocal.default, aten.neg.default, aten.log.default, aten.exp.default,
+    aten.scalar_tensor.default, aten.full.default, aten.to.dtype, aten._to_copy.default,
+    aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor,
+}  # fmt: skip
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def is_tensor(arg: Any) -> bool:
+    """Whether the argument is a node that computes one tensor."""
+    return isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)
+
+
+def is_float(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype.is_floating_point)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype  # type: ignore[no-any-return]
+
+
+def rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+def close(a: float | None, b: float, node: fx.Node) -> bool:
+    """Whether a written-out constant stands for `b` in the precision of the node's dtype."""
+    tolerance = 1e-15 if dtype(node) is torch.float64 else 2e-7
+    return a is not None and math.isclose(a, b, rel_tol=4 * tolerance)
+
+
+def power_of_two(x: float | int) -> bool:
+    """Whether multiplying by `x` only shifts the exponent."""
+    return x != 0 and math.isfinite(x) and abs(math.frexp(x)[0]) == 0.5
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two values of one shape are laid out alike, as far as expressions tell."""
+    return all(
+        expr(s) == expr(t)
+        for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True)
+        if expr(n) != 1
+    )
+
+
+def is_dense(val: Tensor) -> bool:
+    """Whether the value is laid out row by row, as far as expressions tell."""
+    step: sympy.Expr = sympy.Integer(1)
+    for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
+        n = expr(size)
+        if n == 1:
+            continue
+        if expr(stride) != step:
+            return False
+        step = step * n
+    return True
+
+
+def under_autocast(regions: Sequence[ir.Region]) -> bool:
+    """Whether autocast is on in a tuple of regions."""
+    inner = [r for r in regions if r.kind == "autocast"]
+    return bool(inner) and any(r.args[2] for r in inner)

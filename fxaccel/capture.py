@@ -1,0 +1,468 @@
+"""From an `nn.Module` and one example call to a Program, through `torch.export`.
+
+The module is exported in non-strict mode, in its present training flags, gradient mode and autocast
+state, with every input dimension of two or more left symbolic. Export traces a throw-away clone of the
+module tree that shares the tensors, so nothing the forward assigns to `self` reaches the user's model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
+
+from fxaccel.errors import CaptureError
+from fxaccel.ir import Program, Region, Slot, eliminate_dead, expr
+
+_INNER = "model"  # attribute of the wrapper below; its prefix is taken off every name
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+_BAKED = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout,
+          torch.memory_format)
+
+
+def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A copy of the module tree with the same classes that shares every parameter and buffer."""
+    memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
+    new = memo[id(module)] = module.__class__.__new__(module.__class__)
+    attributes = dict(module.__dict__)
+    for key, value in attributes.items():
+        if isinstance(value, (dict, set)) and key.startswith("_"):
+            attributes[key] = value.copy()  # hooks, buffers, parameters: own table, same entries
+    attributes["_modules"] = {
+        name: None if child is None else clone_tree(child, memo)
+        for name, child in module._modules.items()
+    }
+    new.__dict__.update(attributes)
+    return new
+
+
+class _Result:
+    """What the traced forward left behind; export undoes plain assignments to the module."""
+
+    def __init__(self) -> None:
+        self.spec: pytree.TreeSpec
+        self.assigned: list[str] = []
+
+
+class _FlatCall(nn.Module):
+    """The module as a function of its tensor inputs alone; all else of the call is baked in."""
+
+    def __init__(self, model: nn.Module, call: Call, autocast: list[Region]) -> None:
+        super().__init__()
+        self.model = model
+        self.call, self.autocast = call, autocast
+        self.result = _Result()
+        self.training = model.training
+
+    def forward(self, *tensors: Tensor) -> list[Any]:
+        args, kwargs = self.call.unflatten(tensors)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_assignments(self.model, self.result.assigned))
+            for region in self.autocast:
+                device, dtype, enabled, cache = region.args
+                stack.enter_context(torch.autocast(device, dtype, enabled, cache))
+            result = self.model(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten(result)
+        self.result.spec = spec
+        for leaf in leaves:
+            if not isinstance(leaf, (*_BAKED, Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+                raise CaptureError(
+                    f"the model returns a {type(leaf).__name__}, which is neither a tensor, a number "
+                    "nor a registered pytree",
+                    "register the class with torch.utils._pytree.register_pytree_node, or turn the "
+                    "output off (use_cache=False)",
+                )
+        return leaves
+
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+
+
+@contextlib.contextmanager
+def _assignments(model: nn.Module, assigned: list[str]) -> Iterator[None]:
+    """Turn `self.buffer = value` in any submodule into a copy into the buffer, which a graph can hold.
+
+    (Export does so for the root's own buffers and loses the others.) Other attributes that the forward
+    sets are put back and their names appended to `assigned`.
+    """
+    modules = dict(model.named_modules())
+    buffers = {name: dict(m._buffers) for name, m in modules.items()}
+    others = {name: _other_attributes(m) for name, m in modules.items()}
+    yield
+    for name, module in modules.items():
+        for key, before in buffers[name].items():
+            after = module._buffers.get(key)
+            if after is not before and before is not None:
+                module._buffers[key] = before
+                if after is not None:
+                    before.copy_(after)
+        now = _other_attributes(module)
+        for key in now:
+            if now[key] is not others[name].get(key, _MODULE_ATTRIBUTES):
+                module.__dict__.pop(key)
+                if pytree.tree_any(lambda v: isinstance(v, Tensor), now[key]):
+                    assigned.append(f"{name}.{key}".lstrip("."))
+        module.__dict__.update(others[name])
+
+
+def _other_attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in module.__dict__.items() if k not in _MODULE_ATTRIBUTES}
+
+
+class Call:
+    """One call of a model, flattened: leaves, their structure, and which of them are tensors."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.tensor_at = tuple(i for i, x in enumerate(self.leaves) if isinstance(x, Tensor))
+        for leaf in self.leaves:
+            if not isinstance(leaf, (*_BAKED, Tensor)):
+                raise CaptureError(
+                    f"an argument holds a {type(leaf).__name__}, expected tensors, numbers, strings, None "
+                    "or nested containers of them",
+                    "register the class with torch.utils._pytree.register_pytree_node",
+                )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.leaves[i] for i in self.tensor_at)
+
+    @property
+    def baked(self) -> dict[int, Any]:
+        return {i: x for i, x in enumerate(self.leaves) if not isinstance(x, Tensor)}
+
+    def unflatten(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.tensor_at, tensors, strict=True):
+            leaves[i] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def names(self, signature: inspect.Signature) -> list[str]:
+        """A readable identifier for each leaf: `input_ids`, `past_0_1`."""
+        parameters = list(signature.parameters)
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(self.leaves, self.spec))[0]
+        names = []
+        for keys, _ in paths:
+            kind, first, *rest = [re.sub(r"\W+", "_", str(k)).strip("_") for k in keys]
+            if kind == "0":  # a positional argument: named by the signature
+                at = int(first)
+                first = parameters[at] if at < len(parameters) else f"arg{at}"
+            names.append("_".join([first, *rest]))
+        return names
+
+
+def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Export one call of `module` into a Program; raises CaptureError with the user's line."""
+    example = Call(args, kwargs)
+    attempts = [True, False] if any(s > 1 for t in example.tensors for s in t.shape) else [False]
+    failures: list[BaseException] = []
+    for dynamic in attempts:
+        wrapper = _FlatCall(clone_tree(module), example, ambient_autocast())
+        try:
+            exported = _export(wrapper, example, dynamic)
+            break
+        except CaptureError:
+            raise
+        except Exception as error:
+            failures.append(error)
+    else:
+        raise explain(failures[-1])
+    program = _program(exported, wrapper, example, module)
+    for name in dict.fromkeys(wrapper.result.assigned):
+        program.notes.append(
+            f"the forward assigns a tensor to the attribute {name!r}, which is no buffer: the captured "
+            "graph leaves it alone"
+        )
+    if failures:
+        program.notes.append(
+            "the sizes of this call are fixed: with symbolic sizes export said "
+            f"{_first_line(failures[0])!r}"
+        )
+    return program
+
+
+def ambient_autocast() -> list[Region]:
+    """The autocast state around the present call, as regions."""
+    regions = []
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            args = (device, torch.get_autocast_dtype(device), True, torch.is_autocast_cache_enabled())
+            regions.append(Region("autocast", 0, args))
+    return regions
+
+
+def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram:
+    shapes = [
+        {d: Dim.AUTO for d, size in enumerate(t.shape) if size > 1} if dynamic else None
+        for t in example.tensors
+    ]
+    tensors = tuple(_plain(t) for t in example.tensors)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        for region in wrapper.autocast:
+            stack.enter_context(torch.autocast(region.args[0], enabled=False))
+        return torch.export.export(wrapper, tensors, dynamic_shapes=(tuple(shapes),), strict=False)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The example input as a leaf: an input that is part of a larger graph exports like any other."""
+    plain = tensor.detach() if not tensor.is_inference() else tensor.clone()
+    return plain.requires_grad_(tensor.requires_grad)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and log lines of export: what matters of them is in the report."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def explain(error: BaseException) -> CaptureError:
+    """The CaptureError for a failed export: what failed, at which of the user's lines."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = next((f for f in reversed(frames) if _is_user(f.filename)), None)
+    at = f" at {Path(where.filename).name}:{where.lineno}: {where.line}" if where else ""
+    failure = CaptureError(
+        f"expected a model that can be captured as one graph, got {type(error).__name__}{at}: "
+        f"{_first_line(error)}",
+        "branch on shapes rather than on values, or use torch.cond; keep tensors out of Python state",
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _is_user(filename: str) -> bool:
+    return not filename.startswith((_TORCH, _HERE, "<")) and "importlib" not in filename
+
+
+# -- from ExportedProgram to Program ---------------------------------------------------------------
+
+
+def _program(
+    exported: ExportedProgram, wrapper: _FlatCall, example: Call, module: nn.Module
+) -> Program:
+    signature = exported.graph_signature
+    graph, state, constants, inputs = fx.Graph(), {}, {}, []
+    env: dict[fx.Node, fx.Node] = {}
+    specs = {s.arg.name: s for s in signature.input_specs}
+    names = iter([example.names(inspect.signature(module.forward))[i] for i in example.tensor_at])
+    for node in exported.graph.nodes:
+        if node.op != "placeholder":
+            break
+        spec = specs[node.name]
+        slot = _slot(spec.kind, spec.target)
+        if slot is not None:
+            new = graph.placeholder(_identifier(slot), default_value=inspect.Signature.empty)
+            state[new.name] = slot
+            if slot.kind == "constant":
+                constants[slot.name] = _constant(exported, spec.target)
+        elif spec.kind is InputKind.USER_INPUT:
+            new = graph.placeholder(next(names))
+            inputs.append(new.name)
+        else:
+            raise CaptureError(
+                f"the model holds a {spec.kind.name.lower().replace('_', ' ')} ({spec.target}), expected "
+                "tensors only"
+            )
+        new.meta = {"val": node.meta["val"], "path": "", "source": "", "regions": ()}
+        env[node] = new
+    inliner = _Inliner(graph, exported.graph_module)
+    result = inliner.inline(exported.graph, exported.graph_module, env, ())
+    graph.output(tuple(_outputs(result, signature)))
+    eliminate_dead(graph)
+    root = fx.GraphModule(exported.graph_module, graph)
+    by_leaf: list[str | None] = [None] * len(example.leaves)
+    for i, name in zip(example.tensor_at, inputs, strict=True):
+        by_leaf[i] = name
+    program = Program(
+        root=root, state=state, constants=constants, ties=ties(module), inputs=tuple(by_leaf),
+        baked=example.baked, in_spec=example.spec, out_spec=wrapper.result.spec,
+        sizes={}, guards=(), hints={}, buffers=frozenset(dict(module.named_buffers(remove_duplicate=False))),
+        contiguous=frozenset(n for n, t in zip(inputs, example.tensors, strict=True) if t.is_contiguous()),
+        training=module.training, grad=torch.is_grad_enabled(),
+    )
+    _read_symbols(program, exported, example)
+    _drop_mode_noise(program)
+    return program
+
+
+def _slot(kind: InputKind, target: str | None) -> Slot | None:
+    if kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+        return None
+    assert target is not None, "state has a name"
+    kinds = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}
+    return Slot(kinds.get(kind, "constant"), target.removeprefix(_INNER + "."))  # type: ignore[arg-type]
+
+
+def _identifier(slot: Slot) -> str:
+    prefix = {"parameter": "p", "buffer": "b", "constant": "c"}[slot.kind]
+    return f"{prefix}_{re.sub(r'[^0-9a-zA-Z_]', '_', slot.name)}"
+
+
+def _constant(exported: ExportedProgram, target: str) -> Tensor:
+    value = exported.constants[target]
+    if not isinstance(value, Tensor):
+        raise CaptureError(f"the model holds a {type(value).__name__} ({target}), expected tensors only")
+    return value
+
+
+def _outputs(result: list[Any], signature: Any) -> list[Any]:
+    """The user's outputs among those of the exported graph."""
+    return [
+        value
+        for value, spec in zip(result, signature.output_specs, strict=True)
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+
+
+class _Inliner:
+    """Copies a graph with the bodies of no_grad and autocast regions written out, their nodes labelled."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.graph, self.root, self.count = graph, root, 0
+
+    def inline(
+        self, body: fx.Graph, owner: nn.Module, env: dict[fx.Node, Any], regions: tuple[Region, ...]
+    ) -> list[Any]:
+        for node in body.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return list(fx.map_arg(node.args[0], lambda n: env[n]))
+            region, inner = self.region_of(node, owner)
+            if region is not None:
+                given = fx.map_arg(node.args[inner[0] + 1 :], lambda n: env[n])
+                inside = {p: a for p, a in zip(inner[1].graph.find_nodes(op="placeholder"), given, strict=True)}
+                env[node] = self.inline(inner[1].graph, inner[1], inside, (*regions, region))
+            elif getattr(node.target, "__name__", "") == "getitem" and isinstance(
+                env.get(node.args[0]), list
+            ):
+                env[node] = env[node.args[0]][node.args[1]]
+            else:
+                env[node] = self.copy(node, owner, env, regions)
+        raise AssertionError("a graph ends in an output")
+
+    def region_of(self, node: fx.Node, owner: nn.Module) -> tuple[Region | None, Any]:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
+        if at is None:
+            return None, None
+        kind = "grad" if at == 1 else "autocast"
+        self.count += 1
+        return Region(kind, self.count, tuple(node.args[:at])), (at, getattr(owner, node.args[at].target))
+
+    def copy(
+        self, node: fx.Node, owner: nn.Module, env: dict[fx.Node, Any], regions: tuple[Region, ...]
+    ) -> fx.Node:
+        new = self.graph.node_copy(node, lambda n: env[n])
+        if node.op == "get_attr" and owner is not self.root:  # a control-flow body inside a region
+            new.target = f"region{self.count}_{node.target}".replace(".", "_")
+            setattr(self.root, new.target, getattr(owner, node.target))
+        stack = node.meta.get("nn_module_stack") or {}
+        path = list(stack.values())[-1][0] if stack else ""
+        path = path.removeprefix(_INNER).removeprefix(".")
+        new.meta = {
+            "val": node.meta.get("val"),
+            "path": re.sub(r"@\d+", "", path),
+            "source": user_line(node.meta.get("stack_trace")),
+            "regions": regions,
+        }
+        return new
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def user_line(stack_trace: str | None) -> str:
+    """`file.py:12` of the innermost frame that is neither torch's nor ours, "" where there is none."""
+    for match in reversed(list(_FRAME.finditer(stack_trace or ""))):
+        if _is_user(match["file"]):
+            return f"{Path(match['file']).name}:{match['line']}"
+    return ""
+
+
+def ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names under which one parameter or buffer stands more than once."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
+        groups.setdefault(id(tensor), []).append(name)
+    return tuple(tuple(g) for g in groups.values() if len(g) > 1)
+
+
+def _read_symbols(program: Program, exported: ExportedProgram, example: Call) -> None:
+    """Where each size symbol is read from, its example value, and the conditions on all of them."""
+    printer = PythonPrinter()
+    guards: list[str] = []
+    for i, name in enumerate(program.inputs):
+        if name is None:
+            continue
+        for d, size in enumerate(program.placeholder(name).meta["val"].shape):
+            symbol = expr(size)
+            if symbol.is_Symbol and str(symbol) not in program.sizes:
+                program.sizes[str(symbol)] = (i, d)
+                program.hints[str(symbol)] = example.leaves[i].shape[d]
+    for symbol, bounds in exported.range_constraints.items():
+        if str(symbol) in program.sizes:
+            guards.append(f"{bounds.lower} <= {symbol}")
+            if bounds.upper.is_Integer:
+                guards.append(f"{symbol} <= {bounds.upper}")
+    for guard in _shape_guards(program):
+        if {str(s) for s in guard.free_symbols} <= set(program.sizes) and guard.free_symbols:
+            guards.append(printer.doprint(guard))
+    program.guards = tuple(dict.fromkeys(guards))
+
+
+def _shape_guards(program: Program) -> list[Any]:
+    for node in program.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            environment = getattr(getattr(leaf, "fake_mode", None), "shape_env", None)
+            if environment is not None:
+                return [g.expr for g in environment.guards]
+    return []
+
+
+def _drop_mode_noise(program: Program) -> None:
+    """Take out `grad` regions that only repeat the gradient mode the whole graph is run in."""
+    for node in program.graph.nodes:
+        kept, grad = [], program.grad
+        for region in node.meta["regions"] if "regions" in node.meta else ():
+            if region.kind == "grad":
+                if region.args[0] == grad:
+                    continue
+                grad = region.args[0]
+            kept.append(region)
+        node.meta["regions"] = tuple(kept)

@@ -1,0 +1,346 @@
+"""From a Program to straight Python: one statement a node, no interpretation left at call time.
+
+The generated module holds two functions. `accepts(...)` says in microseconds whether a call fits the
+capture: dtypes, devices, ranks, sizes, layouts and every guard. `forward(...)` computes. Frequent ATen
+operators are called through torch's own Python bindings, which cost less than half of an
+`torch.ops.aten` call and reach the same kernels; every other operator is called as what it is.
+Parameters are read from the module's tables at each call, so loading, moving and training them works.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import operator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch.utils._sympy.printers import PythonPrinter
+
+from fxaccel.ir import Program, Region, expr, target_name
+
+# Operators whose Python binding takes the schema's arguments in the schema's order.
+_BOUND = """
+abs add addmm all amax amin any arange argmax baddbmm bitwise_and bitwise_not bitwise_or bmm cat ceil chunk
+clamp clone conv1d conv2d conv3d cos cumsum detach div dropout embedding eq erf exp exp2 flatten
+full ge gt index_select isinf isnan layer_norm le log log_softmax logical_and logical_not logical_or lt
+masked_fill matmul max_pool2d mean min max mm mul ne neg ones permute pow prod reciprocal relu
+rms_norm round rsqrt rsub scalar_tensor sigmoid sin softmax split sqrt square squeeze stack sub sum
+tanh transpose tril triu unbind unsqueeze where zeros zeros_like ones_like full_like
+gelu:nn linear:nn scaled_dot_product_attention:nn silu:nn softplus:nn leaky_relu:nn hardswish:nn
+avg_pool2d:nn adaptive_avg_pool2d:nn pad:nn
+contiguous:method expand:method repeat:method reshape:method to:method type_as:method
+view:method
+"""
+_PLAIN_OVERLOADS = re.compile(r"default|Tensor|Scalar|Tensor_Scalar|int|dim|ScalarOpt_dim|dtype|self|start_step")
+_OPERATORS = {
+    operator.getitem: "{}[{}]", operator.add: "{} + {}", operator.sub: "{} - {}",
+    operator.mul: "{} * {}", operator.floordiv: "{} // {}", operator.mod: "{} % {}",
+    operator.truediv: "{} / {}", operator.neg: "-{}", operator.eq: "{} == {}",
+    operator.ne: "{} != {}", operator.lt: "{} < {}", operator.le: "{} <= {}",
+    operator.gt: "{} > {}", operator.ge: "{} >= {}",
+}  # fmt: skip
+
+
+def _bindings() -> dict[str, Any]:
+    homes = {"": torch._C._VariableFunctions, "nn": torch._C._nn, "method": torch._C.TensorBase}
+    found = {}
+    for word in _BOUND.split():
+        name, _, home = word.partition(":")
+        if hasattr(homes[home], name):
+            found[name] = getattr(homes[home], name)
+    return found
+
+
+_BINDINGS = _bindings()
+
+
+@dataclass(frozen=True)
+class Code:
+    """Generated source and the objects that it names.
+
+    source      the module text
+    constants   global name -> object (operators, constant tensors, sub-graphs)
+    tables      global name -> ("parameter" | "buffer", module path): filled in by `bind`
+    """
+
+    source: str
+    constants: dict[str, Any]
+    tables: dict[str, tuple[str, str]]
+
+    def bind(self, module: nn.Module, filename: str) -> dict[str, Any]:
+        """Execute the source with its tables bound to `module`; returns the functions by name."""
+        namespace: dict[str, Any] = {"torch": torch, "__name__": filename, **self.constants}
+        namespace["__loader__"] = _Source(self.source)  # tracebacks read the text from here
+        for name, (kind, path) in self.tables.items():
+            owner = module.get_submodule(path)
+            namespace[name] = owner._parameters if kind == "parameter" else owner._buffers
+        exec(compile(self.source, filename, "exec"), namespace)  # noqa: S102
+        return namespace
+
+
+class _Source:
+    """Loader protocol of `linecache`, so that tracebacks show the generated lines."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def get_source(self, name: str) -> str:
+        return self.text
+
+
+def emit(program: Program) -> Code:
+    """The Python code of the program."""
+    return _Emitter(program).code()
+
+
+class _Emitter:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.constants: dict[str, Any] = {}
+        self.tables: dict[str, tuple[str, str]] = {}
+        self.read: dict[str, str] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.taken: set[str] = {"torch", "inf", "nan"}
+        self.inputs = [n for n in program.inputs if n is not None]
+
+    def code(self) -> Code:
+        nodes = list(self.program.graph.nodes)
+        body = [n for n in nodes if n.op not in ("placeholder", "output")]
+        for node in nodes:
+            if node.op == "placeholder":
+                self.names[node] = self.state_read(node) if node.name in self.program.state else self.local(node.name)
+        output = nodes[-1]
+        inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
+        last_use = _last_uses(body, output.all_input_nodes)
+        lines = [f"def forward({', '.join(inputs)}):", *_indent(self.block(body, last_use, 0))]
+        lines.append(f"    return {self.argument(list(output.args[0]))}")  # type: ignore[arg-type]
+        checks = [*self.accepts(inputs), "", "", *self.fits()]
+        source = "\n".join([*checks, "", "", *lines, ""])
+        return Code(source, self.constants, self.tables)
+
+    # -- names ------------------------------------------------------------------------------------
+
+    def local(self, wish: str) -> str:
+        name = re.sub(r"\W", "_", wish)
+        name = f"_{name}" if not name.isidentifier() or keyword.iskeyword(name) else name
+        base, i = name, 0
+        while name in self.taken:
+            i += 1
+            name = f"{base}_{i}"
+        self.taken.add(name)
+        return name
+
+    def constant(self, wish: str, value: Any) -> str:
+        for name, known in self.constants.items():
+            if known is value:
+                return name
+        name = self.local(wish)
+        self.constants[name] = value
+        return name
+
+    def state_read(self, node: fx.Node) -> str:
+        slot = self.program.state[node.name]
+        if slot.kind == "constant":
+            return self.constant(node.name, self.program.constants[slot.name])
+        read = self.entry(slot.name)
+        self.read[read] = str(node.meta["val"].dtype)
+        return read
+
+    def entry(self, name: str) -> str:
+        """Expression for the parameter or buffer with this name in the `state_dict`."""
+        path, _, key = name.rpartition(".")
+        kind = self.program.kind(name)
+        want = (kind, path)
+        table = next((t for t, at in self.tables.items() if at == want), None)
+        if table is None:
+            prefix = "" if kind == "parameter" else "b_"
+            table = self.local(prefix + (path.replace(".", "_") or "root"))
+            self.tables[table] = want
+        return f"{table}[{key!r}]"
+
+    # -- statements -------------------------------------------------------------------------------
+
+    def block(
+        self, body: list[fx.Node], last_use: dict[fx.Node, list[fx.Node]], depth: int
+    ) -> list[str]:
+        """Statements for consecutive nodes; nodes with a region at `depth` become one inner block."""
+        lines: list[str] = []
+        for region, nodes in _runs(body, depth):
+            if region is None:
+                lines += [self.statement(n, last_use) for n in nodes]
+            elif region.kind == "checkpoint":
+                lines += self.checkpoint(region, nodes, last_use, depth)
+            else:
+                lines += [self.header(region), *_indent(self.block(nodes, last_use, depth + 1))]
+        return lines
+
+    def header(self, region: Region) -> str:
+        if region.kind == "grad":
+            return f"with torch.set_grad_enabled({region.args[0]}):"
+        if region.kind == "autocast":
+            device, dtype, enabled, cache = region.args
+            return (
+                f"with torch.autocast({device!r}, dtype={self.argument(dtype)}, enabled={enabled}, "
+                f"cache_enabled={cache}):"
+            )
+        return f"if True:  # {region}"
+
+    def checkpoint(
+        self,
+        region: Region,
+        nodes: list[fx.Node],
+        last_use: dict[fx.Node, list[fx.Node]],
+        depth: int,
+    ) -> list[str]:
+        """A region whose values are recomputed in backward: a function run by torch's checkpoint."""
+        inside = set(nodes)
+        reads = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
+        given = [n for n in reads if n.op != "placeholder" or n.name not in self.program.state]
+        results = [n for n in nodes if any(u not in inside for u in n.users)]
+        run = self.constant("checkpoint", torch.utils.checkpoint.checkpoint)
+        name = self.local(f"recomputed_{region.index}")
+        arguments = [self.names[n] for n in given]
+        inner = self.block(nodes, _last_uses(nodes, results), depth + 1)
+        names = [self.names[n] for n in results]
+        returns = ", ".join(names) + ("," if len(names) == 1 else "")
+        call = ", ".join([name, *arguments, "use_reentrant=False"])
+        dead = [v for n in nodes for v in last_use.get(n, ()) if v not in inside]
+        return [
+            f"def {name}({', '.join(arguments)}):",
+            *_indent([*inner, f"return {returns}"]),
+            f"{returns} = {run}({call}){self.delete(dead)}",
+        ]
+
+    def statement(self, node: fx.Node, last_use: dict[fx.Node, list[fx.Node]]) -> str:
+        value = self.expression(node)
+        name = self.names[node] = self.local(node.name)
+        text = f"{name} = {value}" if node.users else value
+        text += self.delete(last_use.get(node, []))
+        where = "  ".join(
+            w for w in (node.meta.get("path"), node.meta.get("source"), node.meta.get("by")) if w
+        )
+        return f"{text}  # {where}" if where else text
+
+    def delete(self, dead: list[fx.Node]) -> str:
+        return f"; del {', '.join(self.names[n] for n in dead)}" if dead else ""
+
+    def expression(self, node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return self.constant(str(node.target), getattr(self.program.root, str(node.target)))
+        if node.target in _OPERATORS:
+            return _OPERATORS[node.target].format(*map(self.argument, node.args))  # type: ignore[index]
+        if node.target is torch.ops.aten.sym_size.int:
+            return f"{self.argument(node.args[0])}.shape[{node.args[1]}]"
+        words = [self.argument(a) for a in node.args]
+        words += [f"{k}={self.argument(v)}" for k, v in node.kwargs.items()]
+        return f"{self.operator(node.target)}({', '.join(words)})"
+
+    def operator(self, target: Any) -> str:
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+            name = target._opname
+            if name in _BINDINGS and _PLAIN_OVERLOADS.fullmatch(target._overloadname):
+                return self.constant(name, _BINDINGS[name])
+        return self.constant(re.sub(r"\W", "_", target_name(target)), target)
+
+    def argument(self, arg: Any) -> str:
+        if isinstance(arg, fx.Node):
+            return self.names[arg]
+        if isinstance(arg, list):
+            return f"[{', '.join(map(self.argument, arg))}]"
+        if isinstance(arg, tuple):
+            return f"({', '.join(map(self.argument, arg))}{',' if len(arg) == 1 else ''})"
+        if isinstance(arg, slice):
+            return f"slice({', '.join(map(self.argument, (arg.start, arg.stop, arg.step)))})"
+        if isinstance(arg, float) and not math.isfinite(arg):
+            return f'float("{arg}")'
+        if isinstance(arg, torch.device):
+            return self.constant(f"device_{arg.type}", arg)
+        if arg is None or isinstance(arg, (bool, int, float, complex, str)):
+            return repr(arg)
+        if isinstance(arg, (torch.dtype, torch.layout, torch.memory_format)):
+            return str(arg)
+        return self.constant("value", arg)
+
+    # -- checks -----------------------------------------------------------------------------
+
+    def accepts(self, inputs: list[str]) -> Iterator[str]:
+        yield f"def accepts({', '.join(inputs)}):"
+        read: dict[str, str] = {}
+        conditions: list[str] = []
+        for name, given in zip(self.inputs, inputs, strict=True):
+            val = self.program.placeholder(name).meta["val"]
+            yield f"    {given}_shape = {given}.shape"
+            conditions += self.tensor_conditions(name, given, val)
+            for d, size in enumerate(val.shape):
+                symbol = expr(size)
+                if str(symbol) in self.program.sizes and str(symbol) not in read:
+                    read[str(symbol)] = f"{given}_shape[{d}]"
+        ranks = [c for c in conditions if c.startswith("len(")]
+        yield f"    if not ({' and '.join(ranks) or 'True'}):"
+        yield "        return False"
+        for symbol, text in read.items():
+            yield f"    {symbol} = {text}"
+        rest = [c for c in conditions if c not in ranks]
+        rest += [g for g in self.program.guards if _is_condition(g)]
+        yield f"    return {' and '.join(rest) or 'True'}"
+
+    def fits(self) -> Iterator[str]:
+        """Whether the module's state still is what was captured: dtypes, and what is tied."""
+        yield "def fits():"
+        conditions = [f"{read}.dtype is {dtype}" for read, dtype in self.read.items()]
+        for first, *others in self.program.ties:
+            conditions += [f"{self.entry(n)} is {self.entry(first)}" for n in others]
+        yield f"    return {' and '.join(conditions) or 'True'}"
+
+    def tensor_conditions(self, name: str, given: str, val: Tensor) -> Iterator[str]:
+        yield f"len({given}_shape) == {val.dim()}"
+        yield f"{given}.dtype is {val.dtype}"
+        yield f"{given}.device == {self.argument(val.device)}"
+        for d, size in enumerate(val.shape):
+            symbol = expr(size)
+            if self.program.sizes.get(str(symbol)) != (self.program.inputs.index(name), d):
+                yield f"{given}_shape[{d}] == {PythonPrinter().doprint(symbol)}"
+        if val.dim() > 1:
+            yield f"{given}.is_contiguous() is {name in self.program.contiguous}"
+
+
+def _is_condition(guard: str) -> bool:
+    return re.fullmatch(r"[\w\s+\-*/%<>=!().,]+", guard) is not None
+
+
+def _indent(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
+def _runs(body: list[fx.Node], depth: int) -> Iterator[tuple[Region | None, list[fx.Node]]]:
+    """Consecutive nodes that share their region at `depth`."""
+    run: list[fx.Node] = []
+    current: Region | None = None
+    for node in body:
+        regions = node.meta.get("regions", ())
+        region = regions[depth] if len(regions) > depth else None
+        if run and region != current:
+            yield current, run
+            run = []
+        current = region
+        run.append(node)
+    if run:
+        yield current, run
+
+
+def _last_uses(body: list[fx.Node], kept: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> values made in `body` whose last reader it is, so that they can be freed."""
+    seen, inside = set(kept), set(body)
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(body):
+        for arg in node.all_input_nodes:
+            if arg in inside and arg not in seen:
+                seen.add(arg)
+                dead.setdefault(node, []).append(arg)
+    return dead

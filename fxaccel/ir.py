@@ -1,0 +1,467 @@
+"""The program a model becomes: one flat FX graph of ATen operators, its state, and where each node came from.
+
+Every value of the model is a node of one `torch.fx.Graph`. Parameters, buffers and constants are
+placeholders, so the graph is a pure function of its placeholders (up to the in-place operators that the
+model itself wrote). Regions of the source (`torch.no_grad`, `torch.autocast`) and regions made by passes
+(checkpoints, pipeline stages) are labels on nodes, never nested graphs: a pattern sees straight through
+them and the emitter turns each label back into a `with` block or a function.
+
+Keys of `node.meta` that fxaccel reads and writes:
+
+    val       the FakeTensor, SymInt, number, or list of them that the node computes
+    path      module path of the node, "layers.0.attn", "" at the root
+    source    the user's own "file.py:12", "" where none is known
+    by        name of the pass that made the node, absent on captured nodes
+    regions   tuple of Region labels, outermost first
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+StateKind = Literal["parameter", "buffer", "constant"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the tensor of a state placeholder lives: `name` is its key in the module or in the constants."""
+
+    kind: StateKind
+    name: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A label on consecutive nodes that the emitter writes as one block.
+
+    kind      "grad" (args: enabled), "autocast" (args: device, dtype, enabled, cache), "checkpoint" or
+              "stage" (no args)
+    index     tells two regions of one kind apart
+    """
+
+    kind: str
+    index: int
+    args: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.index}]"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Parameters that a pass put in the place of others, with the two-way map between them.
+
+    old, new    names in the original and in the rewritten `state_dict`
+    forward     original tensors -> new tensors, in the order of `old` and `new`
+    inverse     new tensors -> original tensors, or None where the original cannot be had back
+    """
+
+    by: str
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    forward: Callable[..., tuple[Tensor, ...]]
+    inverse: Callable[..., tuple[Tensor, ...]] | None
+
+
+@dataclass
+class Program:
+    """A captured model: the graph and everything needed to call it as the model was called.
+
+    root          owns the graph and the sub-graphs of control-flow operators
+    state         placeholder name -> Slot, for parameters, buffers and constant tensors
+    constants     name -> tensor, for slots of kind "constant"
+    ties          groups of parameters, then of buffers, that are one tensor, by all of their names
+    contiguous    inputs that were contiguous; a call must agree
+    buffers       names of the module's buffers, all others in its state_dict are parameters
+    inputs        one entry a flattened input: the placeholder's name, or None for a value baked in
+    baked         flattened input index -> the Python value the graph was captured for
+    in_spec       pytree of (args, kwargs); out_spec of the result
+    sizes         symbol -> (flattened input index, dimension) to read its value from
+    guards        conditions on symbols, as Python expressions, that hold wherever the graph is valid
+    hints         symbol -> its value in the example input
+    training      whether the root module was in training mode
+    grad          whether gradients were enabled
+    notes         sentences for the report: what capture had to specialise or could not keep
+    """
+
+    root: fx.GraphModule
+    state: dict[str, Slot]
+    constants: dict[str, Tensor]
+    ties: tuple[tuple[str, ...], ...]
+    buffers: frozenset[str]
+    inputs: tuple[str | None, ...]
+    baked: dict[int, Any]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    sizes: dict[str, tuple[int, int]]
+    guards: tuple[str, ...]
+    hints: dict[str, int]
+    contiguous: frozenset[str]
+    training: bool
+    grad: bool
+    notes: list[str] = field(default_factory=list)
+    replacements: list[Replacement] = field(default_factory=list)
+    _facts: dict[Callable[[Program], Any], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.root.graph
+
+    def facts(self, analysis: Callable[[Program], Any]) -> Any:
+        """The result of a whole-graph analysis, computed once until the graph changes."""
+        if analysis not in self._facts:
+            self._facts[analysis] = analysis(self)
+        return self._facts[analysis]
+
+    def changed(self) -> None:
+        """Forget analyses: whoever edits the graph calls this."""
+        self._facts.clear()
+
+    def copy(self) -> Program:
+        """An independent copy: nodes, state table and notes; tensors and fake values are shared."""
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            new = graph.node_copy(node, lambda n: env[n])
+            new.meta = dict(node.meta)
+            env[node] = new
+        return replace(
+            self,
+            root=fx.GraphModule(self.root, graph),
+            state=dict(self.state),
+            constants=dict(self.constants),
+            notes=list(self.notes),
+            replacements=list(self.replacements),
+            _facts={},
+        )
+
+    def kind(self, name: str) -> StateKind:
+        """Whether a name of the module's state is a parameter or a buffer."""
+        return "buffer" if name in self.buffers else "parameter"
+
+    def placeholder(self, name: str) -> fx.Node:
+        """The placeholder node called `name`."""
+        return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
+
+    def state_node(self, name: str) -> fx.Node:
+        """The placeholder that holds the parameter or buffer `name` of the module."""
+        for node in self.graph.nodes:
+            slot = self.state.get(node.name) if node.op == "placeholder" else None
+            if slot is not None and slot.name == name:
+                return node
+        raise KeyError(name)
+
+    def add_state(self, slot: Slot, val: FakeTensor, by: str) -> fx.Node:
+        """A new placeholder for `slot`, after the last state placeholder."""
+        last = None
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            if node.name in self.state:
+                last = node
+        first = next(iter(self.graph.nodes))
+        where = self.graph.inserting_before(first) if last is None else self.graph.inserting_after(last)
+        with where:
+            node = self.graph.placeholder("p_" + slot.name.replace(".", "_"))
+        node.meta = {"val": val, "path": slot.name.rpartition(".")[0], "source": "", "by": by, "regions": ()}
+        self.state[node.name] = slot
+        self.changed()
+        return node
+
+    def replace_parameters(self, one: Replacement, vals: Sequence[Tensor]) -> list[fx.Node]:
+        """Placeholders for the parameters `one.new`, whose fake values are `vals`.
+
+        The pass rewires the readers of the old parameters; the module takes over the new ones when the
+        graph is emitted, and keeps reading and writing the original `state_dict` through the map.
+        """
+        self.replacements.append(one)
+        return [
+            self.add_state(Slot("parameter", name), val, one.by)  # type: ignore[arg-type]
+            for name, val in zip(one.new, vals, strict=True)
+        ]
+
+    def drop_unused_state(self) -> None:
+        """Erase state placeholders that nothing reads any more."""
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and node.name in self.state and not node.users:
+                slot = self.state.pop(node.name)
+                self.graph.erase_node(node)
+                if slot.kind == "constant":
+                    self.constants.pop(slot.name, None)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in a (nested) value."""
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
+
+
+def expr(size: int | torch.SymInt) -> sympy.Expr:
+    """The symbolic size behind an int or SymInt, without adding a guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def value_of(arg: Any) -> Any:
+    """`arg` with every node replaced by the fake value it computes."""
+    return fx.map_arg(arg, lambda n: n.meta["val"])
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode that the graph's values were made in."""
+    for node in graph.nodes:
+        for leaf in tensors(node.meta.get("val")):
+            if isinstance(leaf, FakeTensor):
+                return leaf.fake_mode
+    return None
+
+
+# -- nodes -----------------------------------------------------------------------------------------
+
+
+def path(node: fx.Node) -> str:
+    """Module path of the node."""
+    return node.meta.get("path", "")
+
+
+def source(node: fx.Node) -> str:
+    """The user's own file and line."""
+    return node.meta.get("source", "")
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether `node` calls one of `targets` (any call where none is given)."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "call_function"
+        and (not targets or node.target in targets)
+    )
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Every argument of an operator call by its schema name, defaults filled in.
+
+    Calls of plain Python functions have their positional arguments named "0", "1", ...
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    bound: dict[str, Any] = {}
+    for i, arg in enumerate(target._schema.arguments):
+        if i < len(node.args) and not arg.kwarg_only:
+            bound[arg.name] = node.args[i]
+        elif arg.name in node.kwargs:
+            bound[arg.name] = node.kwargs[arg.name]
+        else:
+            bound[arg.name] = arg.default_value
+    return bound
+
+
+def call(
+    graph: fx.Graph,
+    like: fx.Node,
+    target: Any,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    by: str,
+    val: Any = None,
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with the provenance of `like`.
+
+    `val` is the fake value of the result where it is already known (a fake run costs milliseconds on
+    symbolic shapes); otherwise the operator is run on fake tensors.
+    """
+    node = graph.call_function(target, tuple(args), kwargs or {})
+    if val is None:
+        val = fake_result(graph, like, target, args, kwargs or {})
+    node.meta = {k: like.meta[k] for k in ("path", "source", "regions") if k in like.meta}
+    node.meta.update(val=val, by=by)
+    return node
+
+
+def fake_result(
+    graph: fx.Graph, like: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Run `target` on the fake values of its arguments, in the regions of `like`."""
+    mode = fake_mode(graph)
+    fake_args, fake_kwargs = value_of(tuple(args)), value_of(kwargs)
+    if mode is None:
+        return target(*fake_args, **fake_kwargs)
+    with mode, entered(like.meta.get("regions", ())):
+        return target(*fake_args, **fake_kwargs)
+
+
+class entered:
+    """Context manager: the run-time state (grad mode, autocast) that a tuple of regions stands for."""
+
+    def __init__(self, regions: Iterable[Region]) -> None:
+        self.managers = [m for r in regions if (m := region_context(r)) is not None]
+
+    def __enter__(self) -> None:
+        for manager in self.managers:
+            manager.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        for manager in reversed(self.managers):
+            manager.__exit__(*exc)
+
+
+def region_context(region: Region) -> Any:
+    """The context manager of one region, None where it has no run-time state."""
+    if region.kind == "grad":
+        return torch.set_grad_enabled(region.args[0])
+    if region.kind == "autocast":
+        device, dtype, enabled, cache = region.args
+        return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+    return None
+
+
+# -- effects ---------------------------------------------------------------------------------------
+
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+_RANDOM_TAG = torch.Tag.nondeterministic_seeded
+_MAY_ALIAS_FIRST = {torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default,
+                    torch.ops.aten.alpha_dropout.default}  # return their input itself in eval mode
+
+
+def mutated_arguments(node: fx.Node) -> list[fx.Node]:
+    """Nodes whose tensors this call writes to."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return []
+    bound = arguments(node)
+    if target is _BATCH_NORM:  # writes its running statistics although the schema does not say so
+        names = ["running_mean", "running_var"] if bound["training"] else []
+    else:
+        names = [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [n for name in names for n in pytree.tree_leaves(bound[name]) if isinstance(n, fx.Node)]
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the call draws random numbers."""
+    target = node.target
+    if target is torch.ops.aten.dropout.default:
+        bound = arguments(node)
+        return bool(bound["train"]) and bound["p"] != 0
+    return isinstance(target, torch._ops.OpOverload) and _RANDOM_TAG in target.tags
+
+
+_KEPT = {"_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range",
+         "sym_constrain_range_for_size"}
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether the node must stay although nothing reads it."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if mutated_arguments(node) or is_random(node):
+        return True
+    name = getattr(node.target, "_opname", "") or getattr(node.target, "__name__", "")
+    return name in _KEPT or isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def alias_roots(program: Program) -> dict[fx.Node, fx.Node]:
+    """Node -> representative of the set of nodes that may share its storage (an analysis)."""
+    root: dict[fx.Node, fx.Node] = {}
+
+    def find(n: fx.Node) -> fx.Node:
+        while root[n] is not n:
+            root[n] = root[root[n]]
+            n = root[n]
+        return n
+
+    for node in program.graph.nodes:
+        root[node] = node
+        for other in aliased_arguments(node):
+            root[find(node)] = find(other)
+    return {n: find(n) for n in root}
+
+
+def aliased_arguments(node: fx.Node) -> list[fx.Node]:
+    """Arguments whose storage the result of this call may share."""
+    target = node.target
+    if node.op != "call_function":
+        return []
+    if target is operator.getitem:
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if target in _MAY_ALIAS_FIRST:
+        return [] if is_random(node) else [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return list(node.all_input_nodes)  # a branch may return its operand
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    if not any(r.alias_info for r in target._schema.returns):
+        return []
+    bound = arguments(node)
+    named = [bound[a.name] for a in target._schema.arguments if a.alias_info]
+    return [n for n in pytree.tree_leaves(named) if isinstance(n, fx.Node)]
+
+
+def written(program: Program) -> dict[fx.Node, fx.Node]:
+    """Node -> the in-place call that writes to its storage, for every node so affected (an analysis)."""
+    roots = program.facts(alias_roots)
+    writers: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        for target in mutated_arguments(node):
+            writers.setdefault(roots[target], node)
+    return {n: writers[r] for n, r in roots.items() if r in writers}
+
+
+def eliminate_dead(graph: fx.Graph) -> int:
+    """Erase nodes that nothing reads and that have no effect; returns how many."""
+    erased = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effect(node):
+            graph.erase_node(node)
+            erased += 1
+    return erased
+
+
+# -- structure -------------------------------------------------------------------------------------
+
+
+def target_name(target: Any) -> str:
+    """`aten.add.Tensor`, `operator.getitem`, `fxaccel.rms_norm`: stable on every machine."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        return name.removesuffix(".default")
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    module = getattr(target, "__module__", "") or ""
+    module = {"_operator": "operator"}.get(module, module)
+    return f"{module}.{getattr(target, '__name__', repr(target))}"
+
+
+def structure(nodes: Iterable[fx.Node], leaf: Callable[[fx.Node], str]) -> str:
+    """Hash of a set of nodes that is equal for equal structure, whatever the names.
+
+    `leaf` describes the nodes outside of the set that are read.
+    """
+    inside = {n: i for i, n in enumerate(nodes)}
+    text = []
+    for node in inside:
+        args = fx.map_arg(
+            (node.args, dict(node.kwargs)),
+            lambda n: f"%{inside[n]}" if n in inside else leaf(n),
+        )
+        regions = [(r.kind, r.args) for r in node.meta.get("regions", ())]
+        text.append(f"{target_name(node.target)}{args}{regions}")
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def topological(nodes: Iterable[fx.Node], graph: fx.Graph) -> Iterator[fx.Node]:
+    """`nodes` in the order of the graph."""
+    wanted = set(nodes)
+    return (n for n in graph.nodes if n in wanted)

@@ -1,0 +1,352 @@
+"""Orders the passes, runs each as a transaction, and keeps the record.
+
+A pass works on a copy of the program. What it leaves must lint, keep the types of all outputs and keep
+every value that was there; a pass that raises, breaks that, or fails the proof of one site is dropped
+whole, the report says why, and the next pass starts from the last good graph.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fxaccel.errors import FxaccelError, OptionError, ProofError, RuleError
+from fxaccel.ir import (
+    Program, call, eliminate_dead, expr, has_effect, is_random, path, source, target_name, written,
+)  # fmt: skip
+from fxaccel.pattern import Match, Miss, Ops, Pattern, find
+from fxaccel.proof import Manifest, Proof, fragment, prove
+from fxaccel.report import CaptureReport, PassReport, Site
+from fxaccel.rule import NUMERICS, STEPS, Pass, Rule
+
+ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
+
+
+# -- order -----------------------------------------------------------------------------------------
+
+
+def order(passes: Sequence[Pass]) -> list[Pass]:
+    """The passes in the order they run, by step, then by what they need, then as given.
+
+    Raises OptionError on a conflict, an unmet requirement, or a circle.
+    """
+    by_name = {p.name: p for p in passes}
+    if len(by_name) < len(passes):
+        twice = next(p.name for p in passes if sum(q.name == p.name for q in passes) > 1)
+        raise OptionError(
+            f"pass {twice!r} was given twice, expected each pass once",
+            "join module globs with | in where=",
+        )
+    _refuse_conflicts(by_name)
+    graph = nx.DiGraph()
+    graph.add_nodes_from(by_name)
+    for p in passes:
+        graph.add_edges_from((q.name, p.name) for q in passes if _before(q, p))
+    position = {p.name: (STEPS.index(p.step), i) for i, p in enumerate(passes)}
+    try:
+        names = list(nx.lexicographical_topological_sort(graph, key=lambda n: position[n]))
+    except nx.NetworkXUnfeasible:
+        circle = " -> ".join(edge[0] for edge in nx.find_cycle(graph))
+        raise OptionError(f"the passes need each other in a circle: {circle}") from None
+    return [by_name[n] for n in names]
+
+
+def _before(q: Pass, p: Pass) -> bool:
+    if q is p:
+        return False
+    return (
+        STEPS.index(q.step) < STEPS.index(p.step)
+        or bool(set(q.produces) & set(p.requires))
+        or bool(set(q.requires) & set(p.invalidates) and not set(q.requires) & set(p.produces))
+    )
+
+
+def _refuse_conflicts(by_name: dict[str, Pass]) -> None:
+    made = {fact for p in by_name.values() for fact in p.produces}
+    for p in by_name.values():
+        for other in p.conflicts:
+            if other in by_name:
+                raise OptionError(
+                    f"passes {p.name!r} and {other!r} cannot run together", f"leave out {other!r}"
+                )
+        for fact in p.requires:
+            if fact not in made:
+                raise OptionError(
+                    f"pass {p.name!r} requires {fact!r}, which no other pass given produces",
+                    "add a pass that produces it",
+                )
+
+
+# -- run -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the passes made of a program."""
+
+    program: Program
+    report: CaptureReport
+    manifest: Manifest = field(default_factory=Manifest)
+
+
+def run(
+    program: Program, passes: Sequence[Pass], *, allow: str = "reassociated", strict: bool = False
+) -> Run:
+    """Run `passes` (already ordered) over a canonical program."""
+    mode = f"{'training' if program.training else 'eval'}{'' if program.grad else ', no gradients'}"
+    result = Run(program, CaptureReport(mode))
+    for one in passes:
+        record = PassReport(one.name)
+        result.report.passes.append(record)
+        started = time.perf_counter()
+        why = _unfit(one, program, allow)
+        if why:
+            record.error = why
+        else:
+            result.program = _transaction(one, result.program, record, result.manifest, strict)
+        record.seconds = time.perf_counter() - started
+    result.report.notes += result.program.notes
+    return result
+
+
+def _unfit(one: Pass, program: Program, allow: str) -> str:
+    if NUMERICS.index(one.numerics) > NUMERICS.index(allow):  # type: ignore[arg-type]
+        return f"it is of class {one.numerics!r} and allow={allow!r}; pass allow={one.numerics!r} to use it"
+    mode = "training" if program.grad else "inference"
+    if mode not in one.serves:
+        return f"it serves {' and '.join(one.serves)} only, and this capture is for {mode}"
+    return ""
+
+
+def _transaction(
+    one: Pass, program: Program, record: PassReport, manifest: Manifest, strict: bool
+) -> Program:
+    work = program.copy()
+    driver = Driver(work, one, record, manifest)
+    try:
+        plan = one.plan(work)
+        record.plan = "" if plan is None else str(plan)
+        one.apply(work, plan, driver)
+        work.changed()
+        eliminate_dead(work.graph)
+        _check(program, work, one)
+    except Exception as error:
+        if strict:
+            raise
+        record.applied.clear()
+        record.error = error.message if isinstance(error, FxaccelError) else f"{type(error).__name__}: {error}"
+        return program
+    return work
+
+
+def _check(before: Program, after: Program, one: Pass) -> None:
+    """The invariants of a graph that every pass must keep."""
+    after.graph.lint()
+    old, new = before.graph.output_node().args[0], after.graph.output_node().args[0]
+    if len(old) != len(new):  # type: ignore[arg-type]
+        raise RuleError(f"{one.name} left {len(new)} outputs of {len(old)}")  # type: ignore[arg-type]
+    for i, (a, b) in enumerate(zip(old, new, strict=True)):  # type: ignore[arg-type]
+        _same_type(a, b, f"output {i}", one.name)
+    if before.inputs != after.inputs or [n for n in before.inputs if n] != [
+        n.name for n in after.graph.find_nodes(op="placeholder") if n.name not in after.state
+    ]:
+        raise RuleError(f"{one.name} changed the inputs of the graph")
+    for node in after.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise RuleError(f"{one.name} made %{node.name} without meta['val']; use ir.call")
+
+
+def _same_type(old: Any, new: Any, what: str, name: str) -> None:
+    a = old.meta["val"] if isinstance(old, fx.Node) else old
+    b = new.meta["val"] if isinstance(new, fx.Node) else new
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.dtype == b.dtype and list(map(expr, a.shape)) == list(map(expr, b.shape)) and a.device == b.device:
+            return
+        raise RuleError(
+            f"{name} changed the type of {what}: had {a.dtype}{list(a.shape)} on {a.device}, "
+            f"replacement is {b.dtype}{list(b.shape)} on {b.device}"
+        )
+    if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor):
+        raise RuleError(f"{name} changed {what} from {type(a).__name__} to {type(b).__name__}")
+
+
+class Driver:
+    """What a pass edits and records with: `applied`, `refused`, `call`, `prove` and `rewrite`."""
+
+    def __init__(self, program: Program, one: Pass, record: PassReport, manifest: Manifest) -> None:
+        self.program, self.one, self.record, self.manifest = program, one, record, manifest
+
+    def applied(self, node: fx.Node, why: str = "", rule: str = "", proof: str = "") -> None:
+        """Record a rewritten site."""
+        self.record.applied.append(self._site(node, why, rule, proof))
+
+    def refused(self, node: fx.Node, why: str, rule: str = "") -> None:
+        """Record a site that is left alone, with the sentence that says why."""
+        self.record.refused.append(self._site(node, why, rule))
+
+    def _site(self, node: fx.Node, why: str, rule: str, proof: str = "") -> Site:
+        return Site(path(node), source(node), why, rule or self.one.name, node.name, proof)
+
+    def call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert a call at the graph's insertion point with the provenance of `like`."""
+        return call(self.program.graph, like, target, args, kwargs, by=self.one.name)
+
+    def prove(
+        self, like: str, nodes: Iterable[fx.Node], new: Iterable[fx.Node],
+        outputs: Sequence[fx.Node], replaced: Sequence[fx.Node],
+    ) -> Proof:  # fmt: skip
+        """Compare existing `nodes` with the `new` ones that are to take their place."""
+        old, made = list(nodes), list(new)
+        reads = dict.fromkeys(a for n in [*old, *made] for a in n.all_input_nodes)
+        inputs = [n for n in reads if n not in old and n not in made]
+        before = fragment(self.program, old, inputs, outputs)
+        after = fragment(self.program, made, inputs, replaced)
+        return prove(
+            self.program, like, before, after, numerics=self.one.numerics, manifest=self.manifest
+        )
+
+    # -- local rules ------------------------------------------------------------------------------
+
+    def rewrite(self, rules: Sequence[Rule]) -> None:
+        """Apply local rules wherever they match, until none fires."""
+        local = _Local(self, rules)
+        for node in list(self.program.graph.nodes):
+            local.visit(node)
+
+
+class _Local:
+    """One run of local rules over a graph."""
+
+    def __init__(self, driver: Driver, rules: Sequence[Rule]) -> None:
+        self.driver, self.program = driver, driver.program
+        self.patterns = [(rule, rule.traced()) for rule in rules]
+        # Computed once: sites that touch written storage are refused, so new nodes never do.
+        self.writers = self.program.facts(written)
+        self.budget = ROUNDS_PER_NODE * len(self.program.graph.nodes) + ROUNDS_PER_NODE
+
+    def visit(self, node: fx.Node) -> None:
+        """Rewrite at `node`, then at the nodes that came of it."""
+        queue = [node]
+        while queue:
+            root = queue.pop(0)
+            if root._erased or root.op != "call_function" or not self.driver.one.covers(root):
+                continue
+            for rule, pattern in self.patterns:
+                made = self.attempt(rule, pattern, root) if root.target in pattern.targets else []
+                if made:
+                    queue += made
+                    self.spend(rule)
+                    break
+
+    def spend(self, rule: Rule) -> None:
+        self.budget -= 1
+        if self.budget < 0:
+            raise RuleError(f"{type(rule).__name__} feeds on its own output and comes to no end")
+
+    def attempt(self, rule: Rule, pattern: Pattern, root: fx.Node) -> list[fx.Node]:
+        """Rewrite one site if it matches and nothing speaks against it; returns the new nodes."""
+        name = type(rule).__name__
+        found = find(pattern, self.program, root)
+        if isinstance(found, Miss):
+            if found.depth > 1:
+                self.driver.record.near_misses.append(self.driver._site(root, found.why, name))
+            return []
+        why = [*self.obstacles(found)] or _sentences(rule, found)
+        if why:
+            self.driver.refused(root, "; ".join(why), name)
+            return []
+        return self.replace(rule, found)
+
+    def obstacles(self, m: Match) -> Iterable[str]:
+        """What no rule may do: lose a value that is read, reorder writes, mix regions."""
+        for node in m.nodes - set(m.outputs):
+            reader = next((u for u in node.users if u not in m.nodes), None)
+            if reader is not None:
+                by = "the output" if reader.op == "output" else target_name(reader.target)
+                at = f" at {source(reader)}" if source(reader) else ""
+                yield f"the intermediate {target_name(node.target)} is also read by {by}{at}"
+        if len({n.meta.get("regions", ()) for n in m.nodes}) > 1:
+            yield "the site lies partly inside a no_grad, autocast or checkpoint region"
+        for node in m.nodes | _reads(m):
+            if node in self.writers:
+                writer = self.writers[node]
+                yield f"%{node.name} is written in place by {target_name(writer.target)} at {source(writer)}"
+        for node in m.nodes:
+            if is_random(node):
+                yield f"{target_name(node.target)} draws random numbers"
+            elif has_effect(node):
+                yield f"{target_name(node.target)} has an effect besides its result"
+        if any(not read < _point(m) for read in _reads(m)):
+            yield "a value of the site is read before all of its inputs are there"
+
+    def replace(self, rule: Rule, m: Match) -> list[fx.Node]:
+        graph, name, made = self.program.graph, type(rule).__name__, list[fx.Node]()
+
+        def make(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            node = call(graph, m.root, target, args, kwargs, by=self.driver.one.name)
+            made.append(node)
+            val = node.meta["val"]
+            if not isinstance(val, (tuple, list)):
+                return node
+            by = self.driver.one.name
+            parts = [
+                call(graph, m.root, operator.getitem, (node, i), by=by, val=v) for i, v in enumerate(val)
+            ]
+            made.extend(parts)
+            return tuple(parts)
+
+        with graph.inserting_before(_point(m)):
+            returned = rule.rewrite(Ops(make), m)
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        if len(outputs) != len(m.outputs) or not all(isinstance(o, fx.Node) for o in outputs):
+            raise RuleError(
+                f"{name}.rewrite returned {len(outputs)} values, its pattern {len(m.outputs)}"
+            )
+        for old, new in zip(m.outputs, outputs, strict=True):
+            _same_type(old, new, f"%{old.name}", name)
+        proof = self.driver.prove(name, m.nodes, made, m.outputs, outputs)
+        self.driver.applied(m.root, "", name, proof.key)
+        self.swap(m, outputs, made)
+        return [n for n in made if not n._erased]
+
+    def swap(self, m: Match, outputs: Sequence[fx.Node], made: list[fx.Node]) -> None:
+        """Put the new values in the place of the old ones, under the old names."""
+        graph = self.program.graph
+        for old, new in zip(m.outputs, outputs, strict=True):
+            old.replace_all_uses_with(new, propagate_meta=False)
+        for node in sorted(m.nodes, reverse=True):
+            if not node.users:
+                graph.erase_node(node)
+        for node in reversed(made):
+            if not node.users and not has_effect(node):
+                graph.erase_node(node)
+        for old, new in zip(m.outputs, outputs, strict=True):
+            if new in made and old._erased:
+                new.name = old.name
+        self.program.changed()
+
+
+def _reads(m: Match) -> set[fx.Node]:
+    """Nodes outside of the match that it reads."""
+    return {a for n in m.nodes for a in n.all_input_nodes} - m.nodes
+
+
+def _point(m: Match) -> fx.Node:
+    """The node before which the replacement goes: the first reader of any of its values, or the root."""
+    readers = [u for o in m.outputs for u in o.users if u not in m.nodes]
+    return min([m.root, *readers])
+
+
+def _sentences(rule: Rule, m: Match) -> list[str]:
+    sentences = list(rule.refuse(m))
+    for sentence in sentences:
+        if not isinstance(sentence, str):
+            raise RuleError(f"{type(rule).__name__}.refuse must yield str, got {sentence!r}")
+    return sentences

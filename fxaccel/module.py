@@ -1,0 +1,209 @@
+"""`accelerate(model)`: a module that is the original in everything but how its forward is computed.
+
+The result is an instance of a subclass of the model's own class, over a copy of the module tree that
+shares every parameter and buffer. So `state_dict()`, `isinstance`, `config`, `generate`, optimizers built
+before, hooks on the root, `.train()`, `.to()`, `load_state_dict()` and DDP work as they did; the model
+that was passed in is never written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxaccel.capture import clone_tree
+from fxaccel.errors import OptionError
+from fxaccel.report import Report
+from fxaccel.rule import NUMERICS, Pass
+from fxaccel.session import Session, Settings
+
+_KEY = "_fxaccel"  # where the session is kept in the module's __dict__
+
+
+def accelerate(
+    model: nn.Module,
+    passes: Iterable[str | Pass | type[Pass]] | None = None,
+    *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    allow: str = "reassociated",
+    strict: bool = False,
+    expect: Mapping[str, int] | None = None,
+    check: bool = True,
+    backend: str = "python",
+    max_captures: int = 16,
+) -> Any:
+    """A module that computes what `model` computes, rewritten by `passes`.
+
+    model            any nn.Module; it is never changed, its parameters and buffers are shared
+    passes           names ("fuse-norm", "fuse-norm{where=layers.*}"), Pass classes or instances;
+                     None for the default passes: exact ones only
+    example_inputs   arguments (a tuple) or keyword arguments (a mapping) to capture now; otherwise the
+                     model is captured at its first call, once for each mode and input structure
+    allow            loosest numerics class that a pass may have: bitwise, reassociated,
+                     lower_precision or approximate
+    strict           a pass that fails, or that applied nowhere, raises instead of being reported
+    expect           pass name -> number of sites it must have rewritten in every capture
+    check            compare each captured graph, outputs and gradients, with the model before using it
+    backend          "python", or "inductor" to hand the rewritten graph on to torch.compile
+    max_captures     graphs kept for different modes and inputs; the one unused longest is dropped
+
+    Raises OptionError for wrong options, CaptureError where the model cannot be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}, expected an nn.Module")
+    if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise OptionError(
+            f"model is a {type(model).__name__}, which has no graph of its own to capture",
+            "accelerate the module inside it",
+        )
+    if hasattr(model, "_orig_mod"):
+        raise OptionError(
+            "model is the result of torch.compile", "accelerate the model itself, with backend='inductor'"
+        )
+    if allow not in NUMERICS:
+        raise OptionError(f"allow is {allow!r}, expected one of {list(NUMERICS)}")
+    if backend not in ("python", "inductor"):
+        raise OptionError(f"backend is {backend!r}, expected 'python' or 'inductor'")
+    if max_captures < 1:
+        raise OptionError(f"max_captures is {max_captures}, expected at least 1")
+    settings = Settings.make(
+        passes, allow=allow, strict=strict, expect=expect, check=check, backend=backend,
+        max_captures=max_captures,
+    )  # fmt: skip
+    if isinstance(model, AcceleratedModule):
+        model = model.original()
+    fast = wrap(clone_tree(model), settings)
+    if example_inputs is not None:
+        args, kwargs = _call_of(example_inputs)
+        fast.__dict__[_KEY].capture(fast, args, kwargs)
+    return fast
+
+
+def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    if isinstance(example, Tensor):
+        return (example,), {}
+    raise OptionError(
+        f"example_inputs is a {type(example).__name__}, expected a tuple of arguments or a mapping of "
+        "keyword arguments"
+    )
+
+
+def wrap(tree: nn.Module, settings: Settings) -> AcceleratedModule:
+    """Make `tree` itself an accelerated module; the caller owns it."""
+    cls = type(tree)
+    forward = functools.wraps(cls.forward)(_forward)
+    made = type(f"Accelerated{cls.__name__}", (AcceleratedModule, cls), {
+        "forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_original_class": cls,
+    })  # fmt: skip
+    fast = made.__new__(made)
+    fast.__dict__.update(tree.__dict__)
+    fast.__dict__[_KEY] = Session(settings)
+    return fast  # type: ignore[no-any-return]
+
+
+def _forward(self: AcceleratedModule, *args: Any, **kwargs: Any) -> Any:
+    return self.__dict__[_KEY].call(self, args, kwargs)
+
+
+class AcceleratedModule(nn.Module):
+    """What `accelerate` returns; mixed into a subclass of the model's own class."""
+
+    _original_class: type[nn.Module]
+
+    def original(self) -> nn.Module:
+        """The module tree under its original class: eager, with the same parameters and buffers."""
+        return self.__dict__[_KEY].restored(self)
+
+    def report(self) -> Report:
+        """What was applied, refused and nearly matched, for every capture so far."""
+        return self.__dict__[_KEY].report()
+
+    def diff(self, *, capture: int = -1, raw: bool = False) -> Any:
+        """Before and after the passes, as a Diff that prints as text; `raw`: before canonicalization."""
+        return self.__dict__[_KEY].diff(capture, raw)
+
+    @property
+    def code(self) -> str:
+        """The generated Python of every capture."""
+        return self.__dict__[_KEY].code()
+
+    def verify(self) -> Any:
+        """Run every proof again, and compare each captured graph with the model once more."""
+        return self.__dict__[_KEY].verify(self)
+
+    def save(self, path: Any) -> None:
+        """Write weights, graphs and report to one file that `fxaccel.load` reads without this code."""
+        from fxaccel.artifact import save
+
+        save(self, path)
+
+    # -- a module like the original ---------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self.__dict__[_KEY].forget()
+        return result
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__[_KEY].forget()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        result = super().state_dict(*args, **kwargs)
+        return self.__dict__[_KEY].to_original(result, prefix)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.__dict__[_KEY].from_original(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratedModule:
+        bare = self._bare()
+        fast = wrap(copy.deepcopy(bare, memo), self.__dict__[_KEY].settings)
+        fast.__dict__[_KEY] = self.__dict__[_KEY].rebound(fast)
+        memo[id(self)] = fast
+        return fast
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        session = self.__dict__[_KEY]
+        return _restore, (self._bare(), session.settings, session.replacements)
+
+    def _bare(self) -> nn.Module:
+        """This tree as an instance of the original class; tables are shared, the session left out."""
+        bare = self._original_class.__new__(self._original_class)
+        bare.__dict__.update({k: v for k, v in self.__dict__.items() if k != _KEY})
+        return bare
+
+    def __repr__(self) -> str:
+        return f"Accelerated({super().__repr__()})"
+
+
+def _restore(bare: nn.Module, settings: Settings, replacements: list[Any]) -> AcceleratedModule:
+    fast = wrap(bare, settings)
+    fast.__dict__[_KEY].replacements = replacements
+    return fast
+
+
+def warn_unused(names: list[str]) -> None:
+    """A requested pass that applied nowhere is worth a warning."""
+    for name in names:
+        warnings.warn(
+            f"pass {name!r} applied nowhere; fast.report()[{name!r}] says why", UserWarning, stacklevel=4
+        )
+
+
+def signature(model: nn.Module) -> inspect.Signature:
+    """The signature of the model's forward."""
+    return inspect.signature(model.forward)

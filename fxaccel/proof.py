@@ -1,0 +1,412 @@
+"""A match is a hypothesis; here it is tried. The matched nodes and their replacement run side by side.
+
+Both run on random inputs with the site's dtypes, at its own sizes and at odd, unequal ones, with its own
+strides and with permuted ones, forward and, where gradients flow, backward. Two questions are asked:
+
+algebra    in float64 both must agree to within what a relative change of the inputs by 2**-42 does to the
+           original (about a thousand float64 eps: room for another order of summation, not for another
+           formula)
+rounding   in the site's own dtype the replacement's distance from the float64 original may be at most twice
+           the original's own distance, plus two eps of the largest value
+
+Passes of class `lower_precision` or `approximate` only have their distance measured and recorded. Sites
+with one structure are proved once; the key is a hash of both fragments and their inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxaccel.errors import ProofError
+from fxaccel.evaluate import run_nodes, widen
+from fxaccel.ir import Program, expr, structure, tensors
+
+MAX_ELEMENTS = 1 << 22  # of one input, above which symbolic sizes are kept at their small values
+_PERTURBATION, _SHRINK = 2.0**-30, 2.0**-12  # applied at 2**-30 for accuracy, scaled down to 2**-42
+_ODD = (3, 5, 7, 11, 13, 17, 2, 4, 6, 9, 10, 15, 19, 23, 33, 8, 16, 32, 64, 128, 1)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Part of a graph as a function: `inputs` are the nodes read from outside, `outputs` those returned."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    root: torch.nn.Module
+
+    def __call__(self, values: Sequence[Any], *, double: bool = False) -> list[Any]:
+        env: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
+        run_nodes(self.nodes, env, self.root, double=double)
+        return [env[n] for n in self.outputs]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The record of one comparison.
+
+    key         structural hash of the site, shared by all equal sites
+    rule        name of the rule
+    ok, why     the verdict, and the sentence where it is negative
+    error       largest distance of the replacement from the float64 original, over all trials, as a
+                share of the tolerance in the site's dtype; gradients in grad_error
+    trials      what was run: sizes and layout of each trial
+    """
+
+    key: str
+    rule: str
+    ok: bool
+    why: str = ""
+    error: float = 0.0
+    grad_error: float = 0.0
+    trials: tuple[str, ...] = ()
+
+
+@dataclass
+class Manifest:
+    """All proofs of a program by key, each with the number of sites that rest on it."""
+
+    proofs: dict[str, Proof] = field(default_factory=dict)
+    sites: dict[str, int] = field(default_factory=dict)
+
+    def add(self, proof: Proof) -> None:
+        self.proofs[proof.key] = proof
+        self.sites[proof.key] = self.sites.get(proof.key, 0) + 1
+
+
+def fragment(
+    program: Program, nodes: Iterable[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> Fragment:
+    """The fragment made of `nodes`, put in the order of their dependencies."""
+    return Fragment(tuple(_ordered(nodes)), tuple(inputs), tuple(outputs), program.root)
+
+
+def _ordered(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    wanted, done = dict.fromkeys(nodes), dict[fx.Node, None]()
+
+    def visit(node: fx.Node) -> None:
+        if node in wanted and node not in done:
+            for arg in node.all_input_nodes:
+                visit(arg)
+            done[node] = None
+
+    for node in wanted:
+        visit(node)
+    return list(done)
+
+
+def key(program: Program, rule: str, before: Fragment, after: Fragment) -> str:
+    """Hash of what is proved: both fragments, and the dtypes, sizes and strides of their inputs."""
+    index = {n: i for i, n in enumerate(before.inputs)}
+    leaves = [_describe(n.meta["val"]) for n in before.inputs]
+    parts = [rule, str(program.grad), *leaves]
+    for part in (before, after):
+        made = {n: i for i, n in enumerate(part.nodes)}
+        parts.append(structure(part.nodes, lambda n: f"in{index[n]}"))
+        parts.append(str([made.get(o, f"in{index.get(o)}") for o in part.outputs]))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _describe(val: Any) -> str:
+    if not isinstance(val, Tensor):
+        return f"{type(val).__name__} {val}"
+    shape, stride = [str(expr(s)) for s in val.shape], [str(expr(s)) for s in val.stride()]
+    return f"{val.dtype} {shape} {stride}"
+
+
+def prove(
+    program: Program, rule: str, before: Fragment, after: Fragment, *, numerics: str, manifest: Manifest
+) -> Proof:
+    """Compare two fragments over the same inputs; the verdict is kept in the manifest."""
+    name = key(program, rule, before, after)
+    known = manifest.proofs.get(name)
+    if known is not None:
+        manifest.add(known)
+        return known
+    proof = _Trial(program, rule, name, before, after, numerics).prove()
+    if not proof.ok:
+        raise ProofError(f"{rule} failed its proof: {proof.why}")
+    manifest.add(proof)
+    return proof
+
+
+class _Trial:
+    def __init__(
+        self, program: Program, rule: str, name: str, before: Fragment, after: Fragment, numerics: str
+    ) -> None:
+        self.program, self.rule, self.name, self.numerics = program, rule, name, numerics
+        self.before, self.after = before, after
+        regions = before.outputs[0].meta.get("regions", ())
+        grad = [r.args[0] for r in regions if r.kind == "grad"]
+        self.backward = grad[-1] if grad else program.grad
+        self.error = self.grad_error = 0.0
+        self.trials: list[str] = []
+
+    def prove(self) -> Proof:
+        seed = int(self.name, 16) % (1 << 63)
+        compared = 0
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            for i, sizes in enumerate(self.sizes()):
+                for permuted in (False, True):
+                    generator = torch.Generator().manual_seed(seed + i)
+                    values = [materialise(n.meta["val"], sizes, generator, permuted) for n in self.before.inputs]
+                    why = self.compare(values, f"sizes {_text(sizes)}{', permuted strides' if permuted else ''}")
+                    if why is None:
+                        continue
+                    if why:
+                        return self.verdict(False, why)
+                    compared += 1
+        if not compared:
+            return self.verdict(False, "no random input gave finite values to compare")
+        return self.verdict(True, "")
+
+    def verdict(self, ok: bool, why: str) -> Proof:
+        return Proof(
+            self.name, self.rule, ok, why, self.error, self.grad_error, tuple(self.trials)
+        )
+
+    # -- inputs -----------------------------------------------------------------------------------
+
+    def sizes(self) -> list[dict[str, int]]:
+        """Assignments of the symbols: small, odd and unequal ones; then those of the example."""
+        names = sorted({str(s) for n in self.before.inputs for s in _symbols(n.meta["val"])})
+        small = self.odd(names)
+        hinted = {n: self.program.hints.get(n, small[n]) for n in names}
+        if hinted == small:
+            return [small]
+        elements = [math.prod(_sizes(v.shape, hinted)) for n in self.before.inputs for v in tensors(n.meta["val"])]
+        return [small] + ([hinted] if max(elements, default=0) <= MAX_ELEMENTS else [])
+
+    def odd(self, names: list[str]) -> dict[str, int]:
+        chosen: dict[str, int] = {}
+        for name in names:
+            candidates = [c for c in _ODD if c not in chosen.values()] + [self.program.hints.get(name, 2)]
+            chosen[name] = next((c for c in candidates if self.allowed(chosen | {name: c})), candidates[-1])
+        return chosen
+
+    def allowed(self, sizes: dict[str, int]) -> bool:
+        return holds(self.program.guards, sizes)
+
+    # -- comparison -------------------------------------------------------------------------------
+
+    def compare(self, values: list[Any], trial: str) -> str | None:
+        """"" where both agree, None where the trial says nothing, else the sentence."""
+        wide = [widen(v) for v in values]
+        try:
+            reference = self.run(self.before, wide, double=True)
+        except RuntimeError:
+            return None  # the original itself does not take such strides
+        if not _informative(reference):
+            positive = [_positive(v) for v in values]
+            wide = [widen(v) for v in positive]
+            reference, values = self.run(self.before, wide, double=True), positive
+            if not _informative(reference):
+                return None
+        old = self.run(self.before, values)
+        try:
+            new, algebra = self.run(self.after, values), self.run(self.after, wide, double=True)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            return f"with {trial} the replacement raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        self.trials.append(trial)
+        if self.numerics in ("bitwise", "reassociated"):
+            moved = self.run(self.before, [_perturb(v) for v in wide], double=True)
+            why = _algebra(reference, algebra, moved)
+            if why:
+                return f"with {trial} {why}"
+        why = self.rounding(reference, old, new)
+        return f"with {trial} {why}" if why else ""
+
+    def run(self, part: Fragment, values: list[Any], double: bool = False) -> tuple[list[Any], list[Any]]:
+        """Outputs and, where gradients flow, the gradients of a random weighting of them."""
+        leaves = [_leaf(v, self.backward) for v in values]
+        outputs = part(leaves, double=double)
+        wanted = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
+        flowing = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+        if not self.backward or not wanted or not flowing:
+            return outputs, []
+        weights = [_weights(o) for o in flowing]
+        return outputs, list(torch.autograd.grad(flowing, wanted, weights, allow_unused=True))
+
+    def rounding(self, reference: Any, old: Any, new: Any) -> str:
+        for kind, refs, olds, news in zip(("output", "gradient"), reference, old, new, strict=True):
+            if len(olds) != len(news):
+                return f"the original has {len(olds)} {kind}s and the replacement {len(news)}"
+            for i, (ref, o, n) in enumerate(zip(refs, olds, news, strict=True)):
+                why = _same_kind(o, n)
+                if why:
+                    return f"{kind} {i} {why}"
+                if not isinstance(ref, Tensor):
+                    continue
+                share = share_of_tolerance(ref, o, n, exact=self.numerics == "bitwise")
+                if kind == "output":
+                    self.error = max(self.error, share)
+                else:
+                    self.grad_error = max(self.grad_error, share)
+                if share > 1 and self.numerics in ("bitwise", "reassociated"):
+                    return f"{kind} {i} is {share:.3g} times the tolerance in {n.dtype} away from float64"
+        return ""
+
+
+def share_of_tolerance(ref: Tensor, old: Tensor, new: Tensor, *, exact: bool = False) -> float:
+    """Distance of `new` from `ref` as a share of what the original's own rounding allows."""
+    if exact or not new.dtype.is_floating_point and not new.dtype.is_complex:
+        return 0.0 if torch.equal(_nan_free(old), _nan_free(new)) else math.inf
+    if (torch.isfinite(ref) & torch.isfinite(old) & ~torch.isfinite(new)).any():
+        return math.inf
+    ref = torch.nan_to_num(ref, posinf=0.0, neginf=0.0) if not torch.isfinite(ref).all() else ref
+    eps = torch.finfo(new.dtype).eps
+    allowed = 2 * _distance(ref, old) + 2 * eps * float(ref.abs().max() if ref.numel() else 0)
+    found = _distance(ref, new)
+    return found / allowed if allowed else (0.0 if found == 0 else math.inf)
+
+
+def _distance(ref: Tensor, value: Tensor) -> float:
+    if not ref.numel():
+        return 0.0
+    difference = (widen(value) - ref).abs()
+    return float(torch.nan_to_num(difference, nan=0.0, posinf=0.0).max())
+
+
+def _algebra(reference: Any, algebra: Any, moved: Any) -> str:
+    for kind, refs, news, others in zip(("output", "gradient"), reference, algebra, moved, strict=True):
+        if len(refs) != len(news):
+            return f"the original has {len(refs)} {kind}s and the replacement {len(news)}"
+        for i, (ref, new, other) in enumerate(zip(refs, news, others, strict=True)):
+            if (ref is None) != (new is None):
+                return f"{kind} {i} is {'missing' if new is None else 'new'} in the replacement"
+            if not isinstance(ref, Tensor) or not isinstance(new, Tensor):
+                if ref != new:
+                    return f"{kind} {i} is {new} where the original has {ref}"
+                continue
+            if ref.shape != new.shape:
+                return f"{kind} {i} has shape {list(new.shape)} where the original has {list(ref.shape)}"
+            if not torch.equal(torch.isfinite(ref), torch.isfinite(new)):
+                return f"{kind} {i} is not finite in other places than the original"
+            scale = float(torch.nan_to_num(ref).abs().max()) if ref.numel() else 0.0
+            allowed = _SHRINK * _distance(ref, other) + 64 * torch.finfo(torch.float64).eps * scale
+            found = _distance(ref, new)
+            if found > allowed:
+                return (
+                    f"{kind} {i} differs by {found:.3g} in float64 on values up to {scale:.3g} "
+                    f"(tolerance {allowed:.3g})"
+                )
+    return ""
+
+
+def _same_kind(old: Any, new: Any) -> str:
+    if (old is None) != (new is None):
+        return "is missing in one of the two"
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        if old.dtype != new.dtype or old.device != new.device:
+            return f"is {new.dtype} on {new.device}, the original {old.dtype} on {old.device}"
+        if old.shape != new.shape:
+            return f"has shape {list(new.shape)}, the original {list(old.shape)}"
+    elif type(old) is not type(new):
+        return f"is a {type(new).__name__}, the original a {type(old).__name__}"
+    return ""
+
+
+def holds(guards: Iterable[str], sizes: dict[str, int]) -> bool:
+    """Whether every guard whose symbols are all given holds."""
+    scope = {"__builtins__": {}, "max": max, "min": min, **sizes}
+    for guard in guards:
+        code = compile(guard, "<guard>", "eval")
+        if set(code.co_names) <= scope.keys() and not eval(code, scope):  # noqa: S307
+            return False
+    return True
+
+
+# -- random inputs ---------------------------------------------------------------------------------
+
+
+def materialise(val: Any, sizes: dict[str, int], generator: torch.Generator, permuted: bool = False) -> Any:
+    """A random value with the dtype, sizes and strides of a fake one.
+
+    Floats are normal with a scale between 1/4 and 4, booleans fair coins, integers 0 or 1 (an index that
+    is valid everywhere). With `permuted`, tensors of two or more dimensions are laid out column-major.
+    """
+    if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return type(val.node.hint)(val.node.expr.subs(sizes)) if val.node.has_hint() else int(val.node.expr.subs(sizes))
+    if isinstance(val, (list, tuple)):
+        return type(val)(materialise(v, sizes, generator, permuted) for v in val)
+    if not isinstance(val, Tensor):
+        return val
+    shape, stride = _sizes(val.shape, sizes), _sizes(val.stride(), sizes)
+    if permuted and len(shape) >= 2:
+        stride = list(torch.empty(shape[::-1], device="meta").permute(*range(len(shape))[::-1]).stride())
+    tensor = torch.empty_strided(shape, stride, dtype=val.dtype)
+    compact = [1 if st == 0 else s for s, st in zip(shape, stride, strict=True)]
+    tensor.as_strided(compact, stride).copy_(_random(compact, val.dtype, generator))
+    return tensor
+
+
+def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        scale = 4.0 ** (2 * float(torch.rand((), generator=generator)) - 1)
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return (torch.randn(shape, generator=generator, dtype=wide) * scale).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def _positive(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        return value.abs() + 0.25
+    return value
+
+
+def _leaf(value: Any, grad: bool) -> Any:
+    if isinstance(value, Tensor):
+        floating = value.dtype.is_floating_point or value.dtype.is_complex
+        return value.detach().requires_grad_(grad and floating)
+    return value
+
+
+def _weights(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(output.numel())
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    return weights.to(output.dtype)
+
+
+def _perturb(value: Any) -> Any:
+    if isinstance(value, Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex):
+        generator = torch.Generator().manual_seed(1)
+        signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+        return value * (1 + _PERTURBATION * signs)
+    return value
+
+
+def _informative(result: tuple[list[Any], list[Any]]) -> bool:
+    floats = [t for t in result[0] if isinstance(t, Tensor) and t.dtype.is_floating_point and t.numel()]
+    return all(torch.isfinite(t).double().mean() >= 0.5 for t in floats)
+
+
+def _nan_free(value: Tensor) -> Tensor:
+    return torch.nan_to_num(value) if value.dtype.is_floating_point else value
+
+
+def _symbols(val: Any) -> set[sympy.Symbol]:
+    found: set[sympy.Symbol] = set()
+    for leaf in pytree.tree_leaves(val):
+        dims = (*leaf.shape, *leaf.stride()) if isinstance(leaf, Tensor) else (leaf,)
+        for d in dims:
+            if isinstance(d, torch.SymInt):
+                found |= expr(d).free_symbols
+    return found
+
+
+def _sizes(dims: Iterable[int | torch.SymInt], sizes: dict[str, int]) -> list[int]:
+    return [int(expr(d).subs(sizes)) if isinstance(d, torch.SymInt) else int(d) for d in dims]
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return "as captured" if not sizes else ", ".join(f"{v}" for v in sizes.values())
+

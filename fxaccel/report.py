@@ -1,0 +1,140 @@
+"""What happened: for every pass the sites it rewrote, those it refused with the reason, and near misses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the model that a pass looked at.
+
+    path      module path, "layers.0.attn"
+    source    the user's "file.py:12"
+    why       the refusal or the first clause that failed; what was done, for an applied site
+    rule      name of the rule within the pass
+    node      name of the root node in the listing before the pass
+    proof     key of the site's proof in the manifest, "" where there is none
+    """
+
+    path: str
+    source: str
+    why: str
+    rule: str
+    node: str
+    proof: str = ""
+
+    def __str__(self) -> str:
+        where = "  ".join(w for w in (self.path or "(root)", self.source) if w)
+        return f"{where}: {self.why}" if self.why else where
+
+
+@dataclass
+class PassReport:
+    """The sites of one pass in one capture; `error` says why the pass was rolled back, "" if it was not."""
+
+    name: str
+    applied: list[Site] = field(default_factory=list)
+    refused: list[Site] = field(default_factory=list)
+    near_misses: list[Site] = field(default_factory=list)
+    plan: str = ""
+    error: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class CaptureReport:
+    """One captured graph: its mode, its passes in the order they ran, and remarks of the capture."""
+
+    mode: str
+    passes: list[PassReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    check: str = ""
+
+
+@dataclass
+class Report:
+    """Everything that `accelerate` did to a model; printing it gives a table.
+
+    `report["fuse-norm"]` is the PassReport of a pass over all captures.
+    """
+
+    captures: list[CaptureReport] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> PassReport:
+        merged = PassReport(name)
+        found = False
+        for one in self._passes():
+            if one.name == name:
+                found = True
+                merged.applied += one.applied
+                merged.refused += one.refused
+                merged.near_misses += one.near_misses
+                merged.seconds += one.seconds
+                merged.error = merged.error or one.error
+                merged.plan = merged.plan or one.plan
+        if not found:
+            raise KeyError(f"{name!r} ran in no capture; there were {sorted(set(self))}")
+        return merged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(p.name for p in self._passes()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+    def _passes(self) -> Iterator[PassReport]:
+        for capture in self.captures:
+            yield from capture.passes
+
+    def to_json(self) -> str:
+        """The report as JSON: {"captures": [{"mode", "passes": [{"name", "applied": [site, ...]}]}]}."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote."""
+        return cls([_capture(c) for c in json.loads(text)["captures"]])
+
+    def __str__(self) -> str:
+        if not self.captures:
+            return "nothing captured yet: the model is captured at its first call"
+        return "\n\n".join(_text(c) for c in self.captures)
+
+
+def _capture(data: dict[str, Any]) -> CaptureReport:
+    passes = []
+    for p in data["passes"]:
+        sites = {k: [Site(**s) for s in p[k]] for k in ("applied", "refused", "near_misses")}
+        passes.append(PassReport(**{**p, **sites}))
+    return CaptureReport(**{**data, "passes": passes})
+
+
+def _text(capture: CaptureReport) -> str:
+    head = f"{'pass':<24}{'applied':>8}{'refused':>8}{'near':>6}{'seconds':>9}"
+    rows = [f"captured for {capture.mode}", head]
+    for p in capture.passes:
+        rows.append(
+            f"{p.name:<24}{len(p.applied):>8}{len(p.refused):>8}{len(p.near_misses):>6}{p.seconds:>9.2f}"
+        )
+    for p in capture.passes:
+        if p.error:
+            rows.append(f"{p.name} was rolled back: {p.error}")
+        rows += [f"{p.name} refused  {line}" for line in _counted(p.refused)]
+        rows += [f"{p.name} near     {line}" for line in _counted(p.near_misses)]
+    rows += [f"note: {n}" for n in capture.notes]
+    if capture.check:
+        rows.append(capture.check)
+    return "\n".join(rows)
+
+
+def _counted(sites: list[Site]) -> Iterator[str]:
+    """Sites with one line and one reason shown once, with their number."""
+    groups: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.source, site.why), []).append(site)
+    for same in groups.values():
+        yield str(same[0]) + (f"  (and {len(same) - 1} like it)" if len(same) > 1 else "")

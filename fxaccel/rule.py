@@ -1,0 +1,147 @@
+"""What a pass is: rules, whole-graph passes, and how they are registered.
+
+A Rule is one sentence: "this becomes that, unless ...". It has three methods, in this order:
+
+    pattern(self, op, x, ...)   the ATen code it replaces, in the canonical form of fxaccel.canonical
+    refuse(self, m)             yields sentences that say why this site is left alone
+    rewrite(self, op, m)        the code that takes its place
+
+The driver does the rest: it finds the sites, proves every one (fxaccel.proof), keeps names and
+provenance, and records what was applied, refused, or nearly matched. A Pass that needs the whole graph
+has `plan(program)`, which decides and edits nothing, and `apply(program, plan)`, which edits and decides
+nothing. Options of either are its dataclass fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import fx
+
+from fxaccel.errors import OptionError, RuleError
+from fxaccel.ir import Program, path
+from fxaccel.pattern import ANY, Match, Ops, Pattern
+
+__all__ = ["ANY", "Match", "Ops", "Pass", "Refusals", "Rule", "Rules", "register"]
+
+Refusals = Iterator[str]
+Numerics = Literal["bitwise", "reassociated", "lower_precision", "approximate"]
+NUMERICS: tuple[Numerics, ...] = ("bitwise", "reassociated", "lower_precision", "approximate")
+STEPS = ("raise", "rewrite", "plan", "lower")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A named change of the whole graph.
+
+    name         as users type it, "fuse-norm"
+    step         when it runs: one of STEPS
+    numerics     the loosest difference it may make: one of NUMERICS
+    serves       the modes it is for
+    requires     properties of the graph it needs; produces, invalidates: those it makes and breaks
+    conflicts    names of passes that cannot run in the same pipeline
+    default      whether `accelerate(model)` runs it without being asked
+    where        option of every pass: glob of module paths it is limited to, several joined by "|"
+    """
+
+    name: ClassVar[str] = ""
+    step: ClassVar[str] = "rewrite"
+    numerics: ClassVar[Numerics] = "reassociated"
+    serves: ClassVar[tuple[str, ...]] = ("training", "inference")
+    requires: ClassVar[tuple[str, ...]] = ()
+    produces: ClassVar[tuple[str, ...]] = ()
+    invalidates: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    default: ClassVar[bool] = False
+
+    where: str = "*"
+
+    def plan(self, program: Program) -> Any:
+        """Decide, as a frozen printable dataclass; edit nothing."""
+        return None
+
+    def apply(self, program: Program, plan: Any, driver: Any) -> None:
+        """Edit the graph as planned, recording sites with `driver.applied` and `driver.refused`."""
+        raise RuleError(f"pass {self.name!r} has no apply method")
+
+    def covers(self, node: fx.Node) -> bool:
+        """Whether the node lies in the modules that `where` names."""
+        return any(fnmatch.fnmatchcase(path(node), glob) for glob in self.where.split("|"))
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def __str__(self) -> str:
+        """As it is typed: `quantize{weights=int8}`."""
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (f"{{{','.join(changed)}}}" if changed else "")
+
+
+class Rules(Pass):
+    """A pass made of local rules, tried in order until none fires: `rules` names their classes."""
+
+    rules: ClassVar[tuple[type[Rule], ...]] = ()
+
+    def apply(self, program: Program, plan: Any, driver: Any) -> None:
+        """Rewrite every site of every rule."""
+        driver.rewrite([r() for r in self.rules] or [self])
+
+
+class Rule(Rules):
+    """A local rewrite: `pattern` becomes `rewrite` unless `refuse` yields a sentence."""
+
+    def pattern(self, op: Ops, *values: Any) -> Any:
+        """The code this replaces; returns, root first, every value that others may read."""
+        raise RuleError(f"rule {type(self).__name__} has no pattern method")
+
+    def refuse(self, m: Match) -> Refusals:
+        """Why this site is left alone, in sentences with the numbers that decided."""
+        return iter(())
+
+    def rewrite(self, op: Ops, m: Match) -> Any:
+        """The code that takes the place of the pattern, returning as many values."""
+        raise RuleError(f"rule {type(self).__name__} has no rewrite method")
+
+    def traced(self) -> Pattern:
+        """The pattern as a term."""
+        return Pattern.trace(self.pattern)
+
+
+# -- the registry ----------------------------------------------------------------------------------
+
+_registry: dict[str, type[Pass]] = {}
+P = TypeVar("P", bound=type[Pass])
+
+
+def register(cls: P) -> P:
+    """Class decorator: make a pass known by its name, with its annotated fields as options."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cls.name):
+        raise RuleError(f"{cls.__name__}.name is {cls.name!r}, expected words joined by hyphens")
+    if cls.numerics not in NUMERICS or cls.step not in STEPS:
+        raise RuleError(f"{cls.__name__} has numerics {cls.numerics!r} and step {cls.step!r}, "
+                        f"expected one of {NUMERICS} and of {STEPS}")
+    known = _registry.get(cls.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise OptionError(
+            f"two passes are named {cls.name!r}: {known.__module__}.{known.__qualname__} and "
+            f"{cls.__module__}.{cls.__qualname__}",
+            "give yours another name",
+        )
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    _registry[cls.name] = made
+    return made
+
+
+def registered() -> dict[str, type[Pass]]:
+    """Every pass that a decorator has made known so far, by name."""
+    return dict(_registry)

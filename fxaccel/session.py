@@ -1,0 +1,317 @@
+"""The captures of one accelerated module: finding the one that fits a call, making it, checking it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxaccel import manager
+from fxaccel.canonical import canonicalize
+from fxaccel.capture import Call, ambient_autocast, capture, clone_tree
+from fxaccel.check import compare
+from fxaccel.discover import resolve
+from fxaccel.emit import Code, emit
+from fxaccel.errors import CaptureError, OptionError, ProofError
+from fxaccel.ir import Program, Replacement
+from fxaccel.proof import Manifest
+from fxaccel.report import CaptureReport, PassReport, Report
+from fxaccel.rule import Pass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `accelerate`, with the passes in the order they run."""
+
+    passes: tuple[Pass, ...]
+    requested: tuple[str, ...]
+    allow: str
+    strict: bool
+    expect: tuple[tuple[str, int], ...]
+    check: bool
+    backend: str
+    max_captures: int
+
+    @classmethod
+    def make(
+        cls, passes: Iterable[Any] | None, *, expect: Mapping[str, int] | None, **options: Any
+    ) -> Settings:
+        found = manager.order(resolve(passes))
+        names = [p.name for p in found]
+        for name in expect or {}:
+            if name not in names:
+                raise OptionError(f"expect names the pass {name!r}, which is not among {names}")
+        requested = () if passes is None else tuple(names)
+        return cls(tuple(found), requested, expect=tuple((expect or {}).items()), **options)
+
+
+@dataclass
+class Capture:
+    """One captured, rewritten and emitted graph.
+
+    raw, canonical, program   the graph as exported, before the passes, and after them
+    """
+
+    raw: Program
+    canonical: Program
+    program: Program
+    manifest: Manifest
+    report: CaptureReport
+    code: Code
+    accepts: Any = None
+    fits: Any = None
+    forward: Any = None
+    out_spec: pytree.TreeSpec | None = None
+
+    def bind(self, module: nn.Module, index: int, backend: str) -> None:
+        """Make the functions over the tables of `module`."""
+        names = self.code.bind(module, f"<fxaccel {type(module).__name__} {index}>")
+        self.accepts, self.fits, self.forward = names["accepts"], names["fits"], names["forward"]
+        if backend == "inductor":
+            self.forward = torch.compile(self.forward, dynamic=True)
+        self.out_spec = self.program.out_spec
+
+
+@dataclass
+class Session:
+    """What an accelerated module keeps besides its parameters: settings and captures."""
+
+    settings: Settings
+    captures: dict[Any, list[Capture]] = field(default_factory=dict)
+    replacements: list[Replacement] = field(default_factory=list)
+    dropped: int = 0
+    _modules: list[nn.Module] = field(default_factory=list)
+    _edges: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's result, from the capture that fits; captures where none does."""
+        key, tensors = self.key(module, args, kwargs)
+        for one in self.captures.get(key, ()):
+            if one.accepts(*tensors) and one.fits():
+                return self.result(one, tensors)
+        self.capture(module, args, kwargs)
+        return self.result(self.captures[key][0], tensors)
+
+    def result(self, one: Capture, tensors: Any) -> Any:
+        assert one.out_spec is not None, "bound before it is called"
+        return pytree.tree_unflatten(one.forward(*tensors), one.out_spec)
+
+    def key(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What selects the captures of a call, and its tensors."""
+        if kwargs or any(type(a) is not Tensor for a in args):
+            example = Call(args, kwargs)
+            structure: Any = (example.spec, tuple((type(v), v) for v in example.baked.values()))
+            tensors: Any = example.tensors
+        else:
+            structure, tensors = len(args), args
+        for table, name, child in self._edges:
+            if table[name] is not child:
+                self.forget()
+                break
+        if not self._modules:
+            self.index(module)
+        cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        return (
+            structure,
+            tuple([m.training for m in self._modules]),
+            torch.is_grad_enabled(),
+            tuple(ambient_autocast()) if cast else None,
+        ), tensors
+
+    def index(self, module: nn.Module) -> None:
+        """List the tree's modules, and its edges to notice when one is exchanged."""
+        self._modules = list(module.modules())
+        self._edges = [
+            (m._modules, name, child)
+            for m in self._modules
+            for name, child in m._modules.items()
+            if child is not None
+        ]
+
+    def forget(self) -> None:
+        """Drop all captures: the tree, or the dtype or device of its tensors, has changed."""
+        self.captures.clear()
+        self._modules, self._edges = [], []
+
+    # -- capture ----------------------------------------------------------------------------------
+
+    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+        """Capture this call, run the passes, check the result, and keep it."""
+        original = self.restored(module)
+        with torch.random.fork_rng():
+            raw = capture(original, args, kwargs)
+            one = self.rewrite(raw)
+            self.adopt(module, one.program)
+            one.bind(module, self.dropped + sum(map(len, self.captures.values())), self.settings.backend)
+            if self.settings.check:
+                one = self.checked(one, original, module, Call(args, kwargs))
+        self.enforce(one.report)
+        key, _ = self.key(module, args, kwargs)
+        self.keep(key, one)
+        return one
+
+    def rewrite(self, raw: Program) -> Capture:
+        canonical = raw.copy()
+        canonicalize(canonical)
+        run = manager.run(
+            canonical, self.settings.passes, allow=self.settings.allow, strict=self.settings.strict
+        )
+        run.program.drop_unused_state()
+        return Capture(raw, canonical, run.program, run.manifest, run.report, emit(run.program))
+
+    def checked(self, one: Capture, original: nn.Module, module: nn.Module, example: Call) -> Capture:
+        """The capture, if it agrees with the model; without its passes, if they are to blame."""
+        verdict = compare(one, original, module, example)
+        if verdict.ok:
+            one.report.check = str(verdict)
+            return one
+        if self.settings.strict:
+            raise ProofError(f"the rewritten model is not the original: {verdict}")
+        plain = replace(one, program=one.raw, manifest=Manifest(), code=emit(one.raw))
+        plain.bind(module, 0, "python")
+        again = compare(plain, original, module, example)
+        if not again.ok:
+            raise CaptureError(
+                f"the captured graph does not compute what the model computes: {again}",
+                "this is a defect of the capture; please report it with the model",
+            )
+        passes = [PassReport(p.name, error=f"dropped with all others: {verdict}") for p in one.report.passes]
+        plain.report = CaptureReport(one.report.mode, passes, one.report.notes, str(again))
+        return plain
+
+    def keep(self, key: Any, one: Capture) -> None:
+        self.captures.setdefault(key, []).insert(0, one)
+        while sum(map(len, self.captures.values())) > self.settings.max_captures:
+            oldest = next(iter(self.captures))
+            self.captures[oldest].pop()
+            if not self.captures[oldest]:
+                del self.captures[oldest]
+            self.dropped += 1
+
+    def enforce(self, report: CaptureReport) -> None:
+        """`expect`, and `strict` for passes that applied nowhere."""
+        counts = {p.name: len(p.applied) for p in report.passes}
+        for name, wanted in self.settings.expect:
+            if counts[name] != wanted:
+                raise ProofError(
+                    f"pass {name!r} rewrote {counts[name]} sites, expected {wanted}", _reasons(report, name)
+                )
+        for p in report.passes:
+            if p.name in self.settings.requested and not p.applied:
+                why = f"pass {p.name!r} applied nowhere"
+                if self.settings.strict:
+                    raise ProofError(why, _reasons(report, p.name))
+                warnings.warn(f"{why}; {_reasons(report, p.name)}", UserWarning, stacklevel=6)
+
+    # -- parameters that passes replaced ----------------------------------------------------------
+
+    def adopt(self, module: nn.Module, program: Program) -> None:
+        """Give the module the parameters that the passes put in the place of others."""
+        known = {(r.by, r.old, r.new) for r in self.replacements}
+        for one in program.replacements:
+            if (one.by, one.old, one.new) in known:
+                continue
+            with torch.no_grad():
+                made = one.forward(*(module.get_parameter(n) for n in one.old))
+            trains = any(module.get_parameter(n).requires_grad for n in one.old)
+            for name in one.old:
+                owner, key = _owner(module, name)
+                del owner._parameters[key]
+            for name, tensor in zip(one.new, made, strict=True):
+                owner, key = _owner(module, name)
+                floating = tensor.dtype.is_floating_point
+                owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
+            self.replacements.append(one)
+
+    def restored(self, module: Any) -> nn.Module:
+        """A tree of the original class with the original parameters, to capture and compare with."""
+        tree = clone_tree(module._bare())
+        for one in reversed(self.replacements):
+            if one.inverse is None:
+                raise CaptureError(
+                    f"pass {one.by!r} replaced {', '.join(one.old)} and cannot give them back, so no other "
+                    "mode or shape can be captured",
+                    "capture every mode you need before training, or accelerate the original again",
+                )
+            new = [tree.get_parameter(n) for n in one.new]
+            with torch.no_grad():
+                old = one.inverse(*new)
+            for name in one.new:
+                owner, key = _owner(tree, name)
+                del owner._parameters[key]
+            for name, tensor in zip(one.old, old, strict=True):
+                owner, key = _owner(tree, name)
+                owner._parameters[key] = nn.Parameter(tensor, requires_grad=new[0].requires_grad)
+        return tree
+
+    def to_original(self, state: Any, prefix: str) -> Any:
+        """A state_dict in the names and values of the original."""
+        for one in reversed(self.replacements):
+            new = [state[prefix + n] for n in one.new]
+            if one.inverse is None:
+                continue
+            for name in one.new:
+                del state[prefix + name]
+            with torch.no_grad():
+                state.update(zip((prefix + n for n in one.old), one.inverse(*new), strict=True))
+        return state
+
+    def from_original(self, state: Any, prefix: str) -> None:
+        """Turn a state_dict of the original, in place, into one of this module."""
+        for one in self.replacements:
+            if all(prefix + n in state for n in one.old):
+                old = [state.pop(prefix + n) for n in one.old]
+                with torch.no_grad():
+                    state.update(zip((prefix + n for n in one.new), one.forward(*old), strict=True))
+
+    # -- questions --------------------------------------------------------------------------------
+
+    @property
+    def all(self) -> list[Capture]:
+        return [c for group in self.captures.values() for c in group]
+
+    def report(self) -> Report:
+        captures = [c.report for c in self.all]
+        if self.dropped and captures:
+            note = f"{self.dropped} captures were dropped for others (max_captures={self.settings.max_captures})"
+            captures[-1] = replace(captures[-1], notes=[*captures[-1].notes, note])
+        return Report(captures)
+
+    def code(self) -> str:
+        return "\n\n".join(f"# captured for {c.report.mode}\n{c.code.source}" for c in self.all)
+
+    def diff(self, index: int, raw: bool) -> Any:
+        from fxaccel.diff import Diff
+
+        if not self.captures:
+            raise OptionError("nothing is captured yet, so there is nothing to compare", "call the model once")
+        one = self.all[index]
+        return Diff(one.raw if raw else one.canonical, one.program)
+
+    def rebound(self, module: nn.Module) -> Session:
+        """The same captures over the tables of another module of equal structure."""
+        other = Session(self.settings, replacements=list(self.replacements), dropped=self.dropped)
+        for key, group in self.captures.items():
+            other.captures[key] = [copy.copy(c) for c in group]
+            for i, one in enumerate(other.captures[key]):
+                one.bind(module, i, self.settings.backend)
+        return other
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key
+
+
+def _reasons(report: CaptureReport, name: str) -> str:
+    one = next(p for p in report.passes if p.name == name)
+    said = [one.error] if one.error else [str(s) for s in (*one.refused, *one.near_misses)]
+    return "; ".join(dict.fromkeys(said[:3])) or "no operator of its pattern is in the graph"

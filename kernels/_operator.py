@@ -1,0 +1,101 @@
+"""Registers operators in the `fxaccel` namespace, at the least cost a call that PyTorch allows from Python.
+
+`define` declares an operator and its kernels; `differentiate`, `autocast` and `count_flops` add the rest.
+A call of `torch.library.custom_op` costs about twice as much as one of these: it checks for aliasing and
+walks pytrees on every call, where `opcheck` in the tests can do it once.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.utils.flop_counter import register_flop_formula
+
+_LIBRARY = torch.library.Library("fxaccel", "FRAGMENT")
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+
+Op = torch._ops.OpOverload
+Kernel = Callable[..., Any]
+_KERNELS: dict[Op, dict[DispatchKey, Kernel]] = {}
+
+
+def define(schema: str, *, cpu: Kernel, cuda: Kernel, fake: Kernel) -> Op:
+    """Declare `fxaccel::<schema>` with its kernel on each device and its shape function.
+
+    Kernels and shape function repeat the schema's defaults: PyTorch leaves out arguments that equal them.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"fxaccel::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.fxaccel, name).default
+    _KERNELS[op] = {DispatchKey.CPU: cpu, DispatchKey.CUDA: cuda}
+    return op
+
+
+def differentiate(op: Op, derivative: Kernel) -> None:
+    """Give `op` a derivative: `derivative`, given every argument, applies a torch.autograd.Function.
+
+    Where no gradient is wanted and nothing watches (no tracing, no fake tensors, no subclass), the device's
+    kernel is called here and now: a second trip through the dispatcher would cost as much as the first.
+    """
+    kernels = _KERNELS[op]
+    arguments = op._schema.arguments
+    defaults = tuple(a.default_value for a in arguments if a.has_default_value())
+    required = len(arguments) - len(defaults)
+
+    def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return derivative(*args, *defaults[len(args) - required :])
+        keys = keys & _AFTER_AUTOGRAD
+        kernel = kernels.get(keys.highestPriorityTypeId())
+        return op.redispatch(keys, *args) if kernel is None else kernel(*args)
+
+    _LIBRARY.impl(op._opname, autograd, "Autograd", with_keyset=True)
+
+
+def autocast(op: Op, device: str, dtype: Callable[[], torch.dtype]) -> None:
+    """Under autocast on `device`, cast the floating arguments of `op` to `dtype()`, float64 excepted."""
+    key = getattr(DispatchKey, "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device])
+    exclude = torch._C.DispatchKeySet(key)
+
+    def cast(arg: Any, to: torch.dtype) -> Any:
+        keep = (
+            not isinstance(arg, Tensor)
+            or not arg.is_floating_point()
+            or arg.dtype == torch.float64
+            or arg.device.type != device
+        )
+        return arg if keep else arg.to(to)
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            return op(*(cast(a, dtype()) for a in args))
+
+    op.py_impl(key)(kernel)  # where a graph is traced before dispatch
+    _LIBRARY.impl(op._opname, kernel, key.name)
+
+
+def count_flops(op: Op, formula: Callable[..., int]) -> None:
+    """Let FlopCounterMode count `op`; `formula` takes shapes in place of tensors."""
+    register_flop_formula(op.overloadpacket)(formula)
+
+
+def differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to differ; never decides, or guards on, a symbolic size."""
+    return isinstance(a, int) and isinstance(b, int) and a != b
+
+
+def unlike(name: str, x: Tensor, other_name: str, other: Tensor) -> Iterator[str]:
+    """Why two tensors are not of one shape and dtype."""
+    if x.dtype != other.dtype:
+        yield f"dtypes differ: {name} is {x.dtype}, {other_name} {other.dtype}"
+    sizes = list(zip(x.shape, other.shape, strict=False))
+    if x.ndim != other.ndim or any(differ(a, b) for a, b in sizes):
+        yield (
+            f"{name} is {list(x.shape)} and {other_name} {list(other.shape)}; "
+            "the kernel does not broadcast"
+        )

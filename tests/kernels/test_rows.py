@@ -1,0 +1,169 @@
+"""The row kernels under all four norms: shapes, dtypes and layouts, forward and backward."""
+
+import pytest
+import torch
+
+from fxaccel.kernels import _rows, add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+NORMS = {
+    "rms_norm": (rms_norm, False, False),
+    "layer_norm": (layer_norm, False, True),
+    "add_rms_norm": (add_rms_norm, True, False),
+    "add_layer_norm": (add_layer_norm, True, True),
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 1), (3, 7), (2, 5, 123), (70, 64), (5, 1024), (0, 8), (4, 0), (7,)]
+EPS = 1e-5
+
+
+def tensors(name, shape, dtype, device="cpu"):
+    """x, (r,) w, (b): not centred on 0, so that a forgotten mean shows."""
+    _, add, bias = NORMS[name]
+    torch.manual_seed(sum(shape))
+    made = [torch.randn(shape) * 2 + 0.5 for _ in range(1 + add)]
+    made += [torch.randn(shape[-1:]) + 1 for _ in range(1 + bias)]
+    return [t.to(dtype).to(device) for t in made]
+
+
+def split(name, args):
+    """x, r, w, b with None for what this norm lacks."""
+    _, add, bias = NORMS[name]
+    x, *rest = args
+    return x, rest.pop(0) if add else None, rest.pop(0), rest.pop(0) if bias else None
+
+
+def launched(name, args, dy, dh):
+    """y, (h,) dx, (dx again for r,) dw, (db) from the Triton kernels."""
+    x, r, w, b = split(name, args)
+    centred = "layer" in name
+    y, h, mean, rstd = _rows.launch_forward(x, r, w, b, EPS, centred=centred, save=True)
+    dx, dw, db = _rows.launch_backward(
+        dy, dh, x if h is None else h, w, mean, rstd, weight_grad=True, bias_grad=b is not None
+    )
+    outs = [y] if r is None else [y, h]
+    grads = [dx] if r is None else [dx, dx]
+    return [*outs, *grads, *(g.to(w.dtype) for g in (dw, db) if g is not None)]
+
+
+def referred(name, args, dy, dh):
+    """The same list from `reference` and autograd."""
+    args = [a.detach().clone().requires_grad_() for a in args]
+    out = NORMS[name][0].reference(*args, EPS)
+    outs, seeds = (out, (dy, dh)) if isinstance(out, tuple) else ((out,), (dy,))
+    grads = torch.autograd.grad(outs, args, [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)])
+    return [*outs, *grads]
+
+
+def exactly(name, args, dy, dh):
+    """The same list in fp64, from the h that the norm reads: x + r is rounded by definition."""
+    x, r, w, b = split(name, args)
+    if r is not None:
+        x, r = (x + r).double(), torch.zeros_like(r, dtype=torch.float64)
+    args = [a.double() for a in (x, r, w, b) if a is not None]
+    return referred(name, args, dy.double(), dh.double())
+
+
+def compare(name, args, near):
+    """Forward and backward of the launched kernels against fp64."""
+    x = args[0]
+    dy, dh = torch.randn_like(x).contiguous(), torch.randn_like(x).contiguous()
+    results = (
+        launched(name, args, dy, dh if NORMS[name][1] else None),
+        referred(name, args, dy, dh),
+        exactly(name, args, dy, dh),
+    )
+    for got, eager, exact in zip(*results, strict=True):
+        near(got, eager, exact)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_launch(name, dtype, shape, device, near):
+    compare(name, tensors(name, shape, dtype, device), near)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 40), (9, 300)], ids=str)
+def test_rows_over_one_block(name, dtype, shape, device, near, monkeypatch):
+    monkeypatch.setattr(_rows, "MAX_FORWARD", 32)
+    monkeypatch.setattr(_rows, "MAX_BACKWARD", 32)
+    monkeypatch.setattr(_rows, "WIDE", 32)
+    compare(name, tensors(name, shape, dtype, device), near)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("columns", [4_099, 16_384, 16_385, 70_000])
+def test_long_rows(name, columns, device, near):
+    compare(name, tensors(name, (3, columns), torch.float32, device), near)
+
+
+def relayouts(x):
+    """The values of x in other strides: transposed, a slice of wider rows, one row repeated."""
+    yield x.mT.contiguous().mT
+    yield torch.cat([x, x], -1)[..., : x.shape[-1]]
+    yield x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("layout", range(3), ids=["transposed", "sliced", "expanded"])
+def test_strides(name, layout, device, near):
+    args = tensors(name, (6, 20), torch.float32, device)
+    args = [list(relayouts(a))[layout] if a.ndim == 2 else torch.stack([a, a], 1)[:, 0] for a in args]
+    compare(name, args, near)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_row_offset_from_fp32_sums(name, device, near):
+    """Values around 1000 with a spread of 1: the variance must come from centred values."""
+    args = tensors(name, (4, 300), torch.float32, device)
+    args[0] = args[0] + 1000
+    compare(name, args, near)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize(("offset", "round_first"), [(1.0, False), (0.0, True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spellings(name, offset, round_first, dtype, device, near):
+    module, add, _ = NORMS[name]
+    args = tensors(name, (5, 123), dtype, device)
+    got = module.launch(*args, EPS, offset, round_first)
+    eager = module.reference(*args, EPS, offset, round_first)
+    if add:
+        args = [(args[0] + args[1]), torch.zeros_like(args[1]), args[2]]
+    exact = module.reference(*(a.double() for a in args), EPS, offset)
+    for g, e, x in zip(*((o if add else (o,)) for o in (got, eager, exact)), strict=True):
+        near(g, e, x)
+    if round_first:  # not only as near as eager: rounded in the same place
+        once = module.launch(*args, EPS, offset, False)
+        assert dtype == torch.float32 or not torch.equal(*((o[0] if add else o) for o in (got, once)))
+
+
+def test_without_weights(device, near):
+    x = tensors("rms_norm", (5, 40), torch.float32, device)[0]
+    for module, rest in ((rms_norm, (None,)), (layer_norm, (None, None))):
+        near(
+            module.launch(x, *rest, EPS),
+            module.reference(x, *rest, EPS),
+            module.reference(x.double(), *rest, EPS),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_h_is_the_sum_as_torch_rounds_it(dtype, device):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates bfloat16")
+    x, r, w = tensors("add_rms_norm", (5, 123), dtype, device)
+    assert torch.equal(add_rms_norm.launch(x, r, w, EPS)[1], x + r)
+
+
+def test_gradients_of_weights_do_not_depend_on_the_run(device):
+    x, w, b = tensors("layer_norm", (500, 64), torch.float32, device)
+    _, _, mean, rstd = _rows.launch_forward(x, None, w, b, EPS, centred=True, save=True)
+    runs = [
+        _rows.launch_backward(x, None, x, w, mean, rstd, weight_grad=True, bias_grad=True)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

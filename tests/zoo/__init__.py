@@ -1,0 +1,1 @@
+"""Small models of many architectures, built offline from configs: the test data of the sweeps."""
