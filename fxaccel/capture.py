@@ -13,7 +13,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from fxaccel.errors import CaptureError
 from fxaccel.ir import Program, Region, Slot, eliminate_dead, expr
+from fxaccel.structure import Opened, Structure, flatten, objects
 
 _INNER = "model"  # attribute of the wrapper below; its prefix is taken off every name
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
-_BAKED = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout,
-          torch.memory_format)
 
 
 def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -56,7 +55,7 @@ class _Result:
     """What the traced forward left behind; export undoes plain assignments to the module."""
 
     def __init__(self) -> None:
-        self.spec: pytree.TreeSpec
+        self.spec: Structure
         self.assigned: list[str] = []
 
 
@@ -77,18 +76,19 @@ class _FlatCall(nn.Module):
             for region in self.autocast:
                 device, dtype, enabled, cache = region.args
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache))
+            given = objects((args, kwargs))
             result = self.model(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten(result)
-        self.result.spec = spec
-        for leaf in leaves:
-            if not isinstance(leaf, (*_BAKED, Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
-                raise CaptureError(
-                    f"the model returns a {type(leaf).__name__}, which is neither a tensor, a number "
-                    "nor a registered pytree",
-                    "register the class with torch.utils._pytree.register_pytree_node, or turn the "
-                    "output off (use_cache=False)",
-                )
+        leaves, self.result.spec = flatten(
+            (result, [dict(vars(g)) for g in given]), given, belongings(self.model)
+        )
         return leaves
+
+
+def belongings(model: nn.Module) -> frozenset[int]:
+    """Ids of the plain attributes of the model's modules: its config, say."""
+    return frozenset(
+        id(v) for m in model.modules() for k, v in m.__dict__.items() if k not in _MODULE_ATTRIBUTES
+    )
 
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -129,15 +129,9 @@ class Call:
     """One call of a model, flattened: leaves, their structure, and which of them are tensors."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.leaves, self.spec = flatten((args, kwargs))
+        self.objects = objects((args, kwargs)) if self.spec.special else []
         self.tensor_at = tuple(i for i, x in enumerate(self.leaves) if isinstance(x, Tensor))
-        for leaf in self.leaves:
-            if not isinstance(leaf, (*_BAKED, Tensor)):
-                raise CaptureError(
-                    f"an argument holds a {type(leaf).__name__}, expected tensors, numbers, strings, None "
-                    "or nested containers of them",
-                    "register the class with torch.utils._pytree.register_pytree_node",
-                )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -147,24 +141,29 @@ class Call:
     def baked(self) -> dict[int, Any]:
         return {i: x for i, x in enumerate(self.leaves) if not isinstance(x, Tensor)}
 
-    def unflatten(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments with other tensors; opened objects are made anew."""
         leaves = list(self.leaves)
         for i, tensor in zip(self.tensor_at, tensors, strict=True):
             leaves[i] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = self.spec.unflatten(leaves)
         return args, kwargs
 
     def names(self, signature: inspect.Signature) -> list[str]:
         """A readable identifier for each leaf: `input_ids`, `past_0_1`."""
         parameters = list(signature.parameters)
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(self.leaves, self.spec))[0]
+        plain = range(self.spec.spec.num_leaves)
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(plain, self.spec.spec))[0]
         names = []
-        for keys, _ in paths:
+        for keys, i in paths:
             kind, first, *rest = [re.sub(r"\W+", "_", str(k)).strip("_") for k in keys]
             if kind == "0":  # a positional argument: named by the signature
                 at = int(first)
                 first = parameters[at] if at < len(parameters) else f"arg{at}"
-            names.append("_".join([first, *rest]))
+            special = self.spec.special.get(i)
+            count = 1 if special is None else special.attributes.size if isinstance(special, Opened) else 0
+            name = "_".join([first, *rest])
+            names += [name] if special is None else [f"{name}_{k}" for k in range(count)]
         return names
 
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxaccel import evaluate
-from fxaccel.capture import Call, clone_tree
+from fxaccel.capture import Call, belongings, clone_tree
 from fxaccel.ir import Program, is_random
 from fxaccel.proof import share_of_tolerance
+from fxaccel.structure import Structure, deliver, flatten, objects
 
 if TYPE_CHECKING:
     from fxaccel.session import Capture
@@ -50,7 +50,7 @@ class _Seen:
     """What one run shows: named tensors (outputs, gradients, buffers) and the structure of the output."""
 
     values: dict[str, Any]
-    spec: pytree.TreeSpec
+    spec: Structure
 
 
 def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -> Verdict:
@@ -59,7 +59,7 @@ def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -
     old = _observe(_isolated(original), lambda tree, leaves: _eager(tree, example, leaves), example, state)
     emitted = _isolated(module._bare())
     forward = capture.code.bind(emitted, "<fxaccel check>")["forward"]
-    new = _observe(emitted, lambda _, leaves: _emitted(capture, forward, leaves), example, state)
+    new = _observe(emitted, lambda _, leaves: _emitted(capture, example, forward, leaves), example, state)
     if old.spec != new.spec:
         return Verdict(False, why=f"the output is {new.spec} where the model returns {old.spec}")
     reference, yardstick = _yardstick(capture.raw, original, example, state, old)
@@ -76,11 +76,15 @@ def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -
 
 def _eager(tree: nn.Module, example: Call, leaves: tuple[Tensor, ...]) -> Any:
     args, kwargs = example.unflatten(leaves)
-    return tree(*args, **kwargs)
+    given = objects((args, kwargs))
+    return tree(*args, **kwargs), [dict(vars(g)) for g in given]
 
 
-def _emitted(capture: Capture, forward: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
-    return pytree.tree_unflatten(forward(*leaves), capture.program.out_spec)
+def _emitted(capture: Capture, example: Call, forward: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
+    args, kwargs = example.unflatten(leaves)
+    given = objects((args, kwargs))
+    value = deliver(forward(*leaves), capture.program.out_spec, given)
+    return value, [dict(vars(g)) for g in given]
 
 
 def _isolated(module: nn.Module) -> nn.Module:
@@ -101,7 +105,7 @@ def _observe(
     leaves = tuple(_fresh(t) for t in example.tensors)
     watched = dict(tree.named_parameters()) | {f"input {i}": t for i, t in enumerate(leaves)}
     torch.set_rng_state(state)
-    outputs, spec = pytree.tree_flatten(run(tree, leaves))
+    outputs, spec = flatten(run(tree, leaves), keep=belongings(tree))
     values: dict[str, Any] = {f"output {i}": _detached(v) for i, v in enumerate(outputs)}
     values |= _gradients(outputs, watched)
     values |= {f"buffer {n}": b for n, b in tree.named_buffers()}

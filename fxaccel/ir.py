@@ -29,6 +29,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fxaccel.structure import Structure
+
 StateKind = Literal["parameter", "buffer", "constant"]
 
 
@@ -85,7 +87,8 @@ class Program:
     buffers       names of the module's buffers, all others in its state_dict are parameters
     inputs        one entry a flattened input: the placeholder's name, or None for a value baked in
     baked         flattened input index -> the Python value the graph was captured for
-    in_spec       pytree of (args, kwargs); out_spec of the result
+    in_spec       structure of (args, kwargs)
+    out_spec      structure of the result, and of what became of the objects passed in
     sizes         symbol -> (flattened input index, dimension) to read its value from
     guards        conditions on symbols, as Python expressions, that hold wherever the graph is valid
     hints         symbol -> its value in the example input
@@ -101,8 +104,8 @@ class Program:
     buffers: frozenset[str]
     inputs: tuple[str | None, ...]
     baked: dict[int, Any]
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
+    in_spec: Structure
+    out_spec: Structure
     sizes: dict[str, tuple[int, int]]
     guards: tuple[str, ...]
     hints: dict[str, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxaccel import manager
 from fxaccel.canonical import canonicalize
@@ -23,6 +23,7 @@ from fxaccel.ir import Program, Replacement
 from fxaccel.proof import Manifest
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
+from fxaccel.structure import Structure, deliver
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Capture:
     accepts: Any = None
     fits: Any = None
     forward: Any = None
-    out_spec: pytree.TreeSpec | None = None
+    result: Any = None
 
     def bind(self, module: nn.Module, index: int, backend: str) -> None:
         """Make the functions over the tables of `module`."""
@@ -75,7 +76,7 @@ class Capture:
         self.accepts, self.fits, self.forward = names["accepts"], names["fits"], names["forward"]
         if backend == "inductor":
             self.forward = torch.compile(self.forward, dynamic=True)
-        self.out_spec = self.program.out_spec
+        self.result = _unflattener(self.program.out_spec)
 
 
 @dataclass
@@ -93,25 +94,27 @@ class Session:
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's result, from the capture that fits; captures where none does."""
-        key, tensors = self.key(module, args, kwargs)
-        for one in self.captures.get(key, ()):
-            if one.accepts(*tensors) and one.fits():
-                return self.result(one, tensors)
-        self.capture(module, args, kwargs)
-        return self.result(self.captures[key][0], tensors)
-
-    def result(self, one: Capture, tensors: Any) -> Any:
-        assert one.out_spec is not None, "bound before it is called"
-        return pytree.tree_unflatten(one.forward(*tensors), one.out_spec)
-
-    def key(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """What selects the captures of a call, and its tensors."""
+        example = None
         if kwargs or any(type(a) is not Tensor for a in args):
             example = Call(args, kwargs)
-            structure: Any = (example.spec, tuple((type(v), v) for v in example.baked.values()))
-            tensors: Any = example.tensors
+        tensors = args if example is None else example.tensors
+        key = self.key(module, args, example)
+        for one in self.captures.get(key, ()):
+            if one.accepts(*tensors) and one.fits():
+                break
         else:
-            structure, tensors = len(args), args
+            one = self.capture(module, args, kwargs)
+        leaves = one.forward(*tensors)
+        if example is None or not example.objects:
+            return one.result(leaves)
+        return deliver(leaves, one.program.out_spec, example.objects)
+
+    def key(self, module: nn.Module, args: Any, example: Call | None) -> Any:
+        """What selects the captures of a call."""
+        if example is None:
+            structure: Any = len(args)
+        else:
+            structure = (example.spec, tuple((type(v), v) for v in example.baked.values()))
         for table, name, child in self._edges:
             if table[name] is not child:
                 self.forget()
@@ -124,7 +127,7 @@ class Session:
             tuple([m.training for m in self._modules]),
             torch.is_grad_enabled(),
             tuple(ambient_autocast()) if cast else None,
-        ), tensors
+        )
 
     def index(self, module: nn.Module) -> None:
         """List the tree's modules, and its edges to notice when one is exchanged."""
@@ -154,8 +157,8 @@ class Session:
             if self.settings.check:
                 one = self.checked(one, original, module, Call(args, kwargs))
         self.enforce(one.report)
-        key, _ = self.key(module, args, kwargs)
-        self.keep(key, one)
+        plain = not kwargs and all(type(a) is Tensor for a in args)
+        self.keep(self.key(module, args, None if plain else Call(args, kwargs)), one)
         return one
 
     def rewrite(self, raw: Program) -> Capture:
@@ -304,6 +307,13 @@ class Session:
             for i, one in enumerate(other.captures[key]):
                 one.bind(module, i, self.settings.backend)
         return other
+
+
+def _unflattener(spec: Structure) -> Any:
+    """The result of a call from its flat leaves, the short way where it is one tensor."""
+    if not spec.special and spec.spec.child(0).is_leaf():
+        return operator.itemgetter(0)
+    return lambda leaves: spec.unflatten(leaves)[0]
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

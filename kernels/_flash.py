@@ -1,1 +1,478 @@
-"""placeholder"""
+"""The Triton kernels of attention, forward and backward, and their launch.
+
+Shapes     q: [B, H, S, D]; k: [B, G, T, D]; v: [B, G, T, E]; bias: broadcasts to [B, H, S, T]; out, dout:
+           [B, H, S, E]; lse, delta: [B, H, S] in fp32. Query head h reads head h // (H // G) of k and v.
+Numerics   products take the operands' dtype and add in fp32; softmax in fp32, base 2; P and dS are rounded to
+           the operands' dtype before their products, as in FlashAttention. Each output rounds once.
+Cost       one pass over k and v for each BLOCK_M queries; backward recomputes P from lse and never stores
+           S x T values. Causal work is skipped by blocks; only blocks on the diagonal or an edge are masked.
+Limits     D, E <= 256. Each output has one owner: no atomics, the same bits on every run.
+Source     Dao 2023, "FlashAttention-2", arXiv:2307.08691; Milakov & Gimelshein 2018, arXiv:1805.02867 (the
+           running softmax); Ainslie et al. 2023, arXiv:2305.13245 (grouped heads).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxaccel.kernels._triton import next_power_of_2, tl, triton
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)  # finite: a row of such scores is a uniform one, a row of -inf an empty one
+
+
+class Config(NamedTuple):
+    """Queries and keys a block, and how a program runs."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+def forward_config(d: int, itemsize: int, amd: bool) -> Config:
+    """No spills and within shared memory on sm_80, sm_90 and gfx942: see the compilation tests."""
+    if itemsize == 4:
+        return Config(64, 32, 4, 1 if amd else 2) if d <= 64 else Config(32, 32, 4, 1)
+    if d <= 128:
+        return Config(128, 64, 4 if d <= 64 else 8, 1 if amd else 3)
+    return Config(64, 32, 4, 1 if amd else 2)
+
+
+def backward_config(d: int, itemsize: int, amd: bool) -> Config:
+    """As forward_config; two sums of D columns are kept at once."""
+    if itemsize == 4:
+        return Config(32, 32, 4, 1)
+    if d <= 128:
+        return Config(64, 64, 4 if d <= 64 else 8, 1 if amd else 2)
+    return Config(32, 32, 4, 1)
+
+
+@triton.jit
+def _head(pid, H, G):
+    """Batch, query head and key head of flat head `pid`, in int64: they multiply strides."""
+    b = (pid // H).to(tl.int64)
+    h = (pid % H).to(tl.int64)
+    return b, h, h // (H // G)
+
+
+@triton.jit
+def _tile(ptr, row, stride, N, D, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
+    """Rows of a matrix with D columns: [rows, BLOCK_D] in DOT, 0 outside."""
+    col = tl.arange(0, BLOCK_D)
+    mask = (row < N)[:, None] & (col < D)[None, :]
+    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + col[None, :], mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def _scores(
+    q, k, row, col, S, T, scale, bias_ptr, bias_m, bias_n,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logits [M, N] of q: [M, D] and k: [N, D]; -inf where a query may not look."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    if bias_ptr is not None:
+        inside = (row < S)[:, None] & (col < T)[None, :]
+        at = row.to(tl.int64)[:, None] * bias_m + col.to(tl.int64)[None, :] * bias_n
+        if bias_ptr.dtype.element_ty == tl.uint8:
+            s = tl.where(tl.load(bias_ptr + at, inside, other=0) != 0, s, float("-inf"))
+        else:
+            bias = tl.load(bias_ptr + at, inside, other=0.0).to(tl.float32)
+            shut = bias == float("-inf")
+            bias = tl.maximum(bias * LOG2E, LOWEST)  # finfo.min times log2(e) is out of range
+            s = tl.where(shut, float("-inf"), tl.maximum(s + bias, LOWEST))
+    if MASKED:
+        seen = (col < T)[None, :]
+        if CAUSAL:
+            seen = seen & (row[:, None] >= col[None, :])
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _attend(
+    acc, total, peak, q, row, left, right, S, T, D, E, scale,
+    k_ptr, k_t, v_ptr, v_t, bias_ptr, bias_m, bias_n,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys left .. right into the running softmax of a block of queries."""
+    for start in range(left, right, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        k = _tile(k_ptr, col, k_t, T, D, BLOCK_D, DOT)
+        s = _scores(q, k, row, col, S, T, scale, bias_ptr, bias_m, bias_n, CAUSAL, MASKED, PRECISION)
+        above = tl.maximum(peak, tl.max(s, axis=1))
+        base = tl.where(above == float("-inf"), 0.0, above)  # no key yet: exp2(-inf - 0) = 0, not NaN
+        p = tl.exp2(s - base[:, None])
+        fade = tl.exp2(peak - base)
+        total = total * fade + tl.sum(p, axis=1)
+        v = _tile(v_ptr, col, v_t, T, E, BLOCK_E, DOT)
+        p = p.to(v_ptr.dtype.element_ty).to(DOT)
+        acc = tl.dot(p, v, acc * fade[:, None], input_precision=PRECISION)
+        peak = above
+    return acc, total, peak
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
+    q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, out_b, out_h, out_s,
+    H, G, S, T, D, E, scale,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One block of queries a program; neighbours share k and v, and the longest start first."""
+    blocks = tl.cdiv(S, BLOCK_M)
+    b, h, g = _head(tl.program_id(0) // blocks, H, G)
+    top = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    row = top + tl.arange(0, BLOCK_M)
+    q = _tile(q_ptr + b * q_b + h * q_h, row, q_s, S, D, BLOCK_D, DOT)
+    k_ptr += b * k_b + g * k_g
+    v_ptr += b * v_b + g * v_g
+    if bias_ptr is not None:
+        bias_ptr += b * bias_b + h * bias_h
+    acc = tl.full((BLOCK_M, BLOCK_E), 0.0, tl.float32)
+    total = tl.full((BLOCK_M,), 0.0, tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    right = T
+    full = T // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        right = tl.minimum(T, top + BLOCK_M)
+        full = tl.minimum(full, (top + 1) // BLOCK_N * BLOCK_N)
+    acc, total, peak = _attend(
+        acc, total, peak, q, row, 0, full, S, T, D, E, scale, k_ptr, k_t, v_ptr, v_t,
+        bias_ptr, bias_m, bias_n, CAUSAL, False, PRECISION, DOT, BLOCK_N, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q, row, full, right, S, T, D, E, scale, k_ptr, k_t, v_ptr, v_t,
+        bias_ptr, bias_m, bias_n, CAUSAL, True, PRECISION, DOT, BLOCK_N, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    if lse_ptr is not None:  # +inf for a row that sees no key: its P is then exp2(s - inf) = 0
+        lse = tl.where(empty, float("inf"), peak + tl.log2(total))
+        tl.store(lse_ptr + (b * H + h) * S + row, lse, row < S)
+    col = tl.arange(0, BLOCK_E)
+    at = b * out_b + h * out_h + row.to(tl.int64)[:, None] * out_s + col[None, :]
+    mask = (row < S)[:, None] & (col < E)[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, dout_ptr, delta_ptr, out_b, out_h, out_s, dout_b, dout_h, dout_s, H, S, E,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """delta = sum(out * dout) over the columns: what the softmax's gradient subtracts."""
+    blocks = tl.cdiv(S, BLOCK_M)
+    b, h, _ = _head(tl.program_id(0) // blocks, H, H)
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    out = _tile(out_ptr + b * out_b + h * out_h, row, out_s, S, E, BLOCK_E, tl.float32)
+    dout = _tile(dout_ptr + b * dout_b + h * dout_h, row, dout_s, S, E, BLOCK_E, tl.float32)
+    tl.store(delta_ptr + (b * H + h) * S + row, tl.sum(out * dout, axis=1), row < S)
+
+
+@triton.jit
+def _probabilities(
+    q, k, v, dout, lse, delta, row, col, S, T, scale, bias_ptr, bias_m, bias_n,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and dS, both [M, N] in fp32, recomputed from lse."""
+    s = _scores(q, k, row, col, S, T, scale, bias_ptr, bias_m, bias_n, CAUSAL, MASKED, PRECISION)
+    p = tl.exp2(s - lse[:, None])
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def _row_values(lse_ptr, delta_ptr, row, S):
+    """lse and delta; +inf past the end, so that P is 0 there."""
+    lse = tl.load(lse_ptr + row, row < S, other=float("inf"))
+    return lse, tl.load(delta_ptr + row, row < S, other=0.0)
+
+
+@triton.jit
+def _queries_into_keys(
+    dk, dv, k, v, col, left, right, S, T, D, E, scale, q_ptr, q_s, dout_ptr, dout_s, lse_ptr, delta_ptr,
+    bias_ptr, bias_m, bias_n,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries left .. right contribute to dk and dv of a block of keys."""
+    for start in range(left, right, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        q = _tile(q_ptr, row, q_s, S, D, BLOCK_D, DOT)
+        dout = _tile(dout_ptr, row, dout_s, S, E, BLOCK_E, DOT)
+        lse, delta = _row_values(lse_ptr, delta_ptr, row, S)
+        p, ds = _probabilities(
+            q, k, v, dout, lse, delta, row, col, S, T, scale, bias_ptr, bias_m, bias_n,
+            CAUSAL, MASKED, PRECISION,
+        )  # fmt: skip
+        p = p.to(q_ptr.dtype.element_ty).to(DOT)
+        ds = ds.to(q_ptr.dtype.element_ty).to(DOT)
+        dv = tl.dot(tl.trans(p), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def key_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, dout_b, dout_h, dout_s,
+    H, G, S, T, D, E, scale,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dk and dv, contiguous, one block of keys a program, summed over the query heads that read it."""
+    blocks = tl.cdiv(T, BLOCK_N)
+    b, g, _ = _head(tl.program_id(0) // blocks, G, G)
+    edge = tl.program_id(0) % blocks * BLOCK_N
+    col = edge + tl.arange(0, BLOCK_N)
+    k = _tile(k_ptr + b * k_b + g * k_g, col, k_t, T, D, BLOCK_D, DOT)
+    v = _tile(v_ptr + b * v_b + g * v_g, col, v_t, T, E, BLOCK_E, DOT)
+    dk = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
+    dv = tl.full((BLOCK_N, BLOCK_E), 0.0, tl.float32)
+    first, full = 0, 0
+    if CAUSAL:  # queries before `first` see none of these keys, from `full` on all of them
+        first = edge // BLOCK_M * BLOCK_M
+        full = tl.minimum(tl.cdiv(edge + BLOCK_N - 1, BLOCK_M) * BLOCK_M, S)
+    for member in range(0, H // G):
+        h = g * (H // G) + member
+        queries, douts = q_ptr + b * q_b + h * q_h, dout_ptr + b * dout_b + h * dout_h
+        lses, deltas = lse_ptr + (b * H + h) * S, delta_ptr + (b * H + h) * S
+        biases = bias_ptr
+        if bias_ptr is not None:
+            biases = bias_ptr + b * bias_b + h * bias_h
+        if CAUSAL:
+            dk, dv = _queries_into_keys(
+                dk, dv, k, v, col, first, full, S, T, D, E, scale, queries, q_s, douts, dout_s, lses, deltas,
+                biases, bias_m, bias_n, True, True, PRECISION, DOT, BLOCK_M, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
+        # keys past the end give garbage in their own rows of dk and dv alone, which are not stored
+        dk, dv = _queries_into_keys(
+            dk, dv, k, v, col, full, S, S, T, D, E, scale, queries, q_s, douts, dout_s, lses, deltas,
+            biases, bias_m, bias_n, CAUSAL, False, PRECISION, DOT, BLOCK_M, BLOCK_D, BLOCK_E,
+        )  # fmt: skip
+    at = ((b * G + g) * T + col)[:, None]
+    width = tl.arange(0, BLOCK_D)[None, :]
+    inside = (col < T)[:, None]
+    tl.store(dk_ptr + at * D + width, (dk * scale).to(dk_ptr.dtype.element_ty), inside & (width < D))
+    width = tl.arange(0, BLOCK_E)[None, :]
+    tl.store(dv_ptr + at * E + width, dv.to(dv_ptr.dtype.element_ty), inside & (width < E))
+
+
+@triton.jit
+def _keys_into_queries(
+    dq, q, dout, lse, delta, row, left, right, S, T, D, E, scale, k_ptr, k_t, v_ptr, v_t,
+    bias_ptr, bias_m, bias_n,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys left .. right contribute to dq of a block of queries."""
+    for start in range(left, right, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        k = _tile(k_ptr, col, k_t, T, D, BLOCK_D, DOT)
+        v = _tile(v_ptr, col, v_t, T, E, BLOCK_E, DOT)
+        _, ds = _probabilities(
+            q, k, v, dout, lse, delta, row, col, S, T, scale, bias_ptr, bias_m, bias_n,
+            CAUSAL, MASKED, PRECISION,
+        )  # fmt: skip
+        dq = tl.dot(ds.to(k_ptr.dtype.element_ty).to(DOT), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, dout_b, dout_h, dout_s,
+    H, G, S, T, D, E, scale,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dq, contiguous, one block of queries a program, walking the keys as the forward pass does."""
+    blocks = tl.cdiv(S, BLOCK_M)
+    b, h, g = _head(tl.program_id(0) // blocks, H, G)
+    top = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    row = top + tl.arange(0, BLOCK_M)
+    q = _tile(q_ptr + b * q_b + h * q_h, row, q_s, S, D, BLOCK_D, DOT)
+    dout = _tile(dout_ptr + b * dout_b + h * dout_h, row, dout_s, S, E, BLOCK_E, DOT)
+    lse, delta = _row_values(lse_ptr + (b * H + h) * S, delta_ptr + (b * H + h) * S, row, S)
+    k_ptr += b * k_b + g * k_g
+    v_ptr += b * v_b + g * v_g
+    if bias_ptr is not None:
+        bias_ptr += b * bias_b + h * bias_h
+    right = T
+    full = T // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        right = tl.minimum(T, top + BLOCK_M)
+        full = tl.minimum(full, (top + 1) // BLOCK_N * BLOCK_N)
+    dq = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
+    dq = _keys_into_queries(
+        dq, q, dout, lse, delta, row, 0, full, S, T, D, E, scale, k_ptr, k_t, v_ptr, v_t,
+        bias_ptr, bias_m, bias_n, CAUSAL, False, PRECISION, DOT, BLOCK_N, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    dq = _keys_into_queries(
+        dq, q, dout, lse, delta, row, full, right, S, T, D, E, scale, k_ptr, k_t, v_ptr, v_t,
+        bias_ptr, bias_m, bias_n, CAUSAL, True, PRECISION, DOT, BLOCK_N, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    col = tl.arange(0, BLOCK_D)
+    at = ((b * H + h) * S + row)[:, None] * D + col[None, :]
+    mask = (row < S)[:, None] & (col < D)[None, :]
+    tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def bias_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
+    q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, dout_b, dout_h, dout_s,
+    H, G, S, T, D, E, scale, BATCHES, HEADS, ALL_B, ALL_H,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dbias in fp32, one S x T tile a program, summed over the batches and heads that share the bias.
+
+    The bias is [BATCHES, HEADS, ...], and each of its matrices serves ALL_B batches and ALL_H heads. A bias
+    of one row (not ROWS) or one column (not COLS) gets one partial sum a tile: [tiles, T] or [S, tiles].
+    """
+    rows, cols = tl.cdiv(S, BLOCK_M), tl.cdiv(T, BLOCK_N)
+    pid = tl.program_id(0)
+    matrix = pid // (rows * cols)
+    m, n = pid // cols % rows, pid % cols
+    row, col = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for share in range(0, ALL_B * ALL_H):
+        b = (matrix // HEADS + share // ALL_H).to(tl.int64)
+        h = (matrix % HEADS + share % ALL_H).to(tl.int64)
+        g = h // (H // G)
+        q = _tile(q_ptr + b * q_b + h * q_h, row, q_s, S, D, BLOCK_D, DOT)
+        dout = _tile(dout_ptr + b * dout_b + h * dout_h, row, dout_s, S, E, BLOCK_E, DOT)
+        k = _tile(k_ptr + b * k_b + g * k_g, col, k_t, T, D, BLOCK_D, DOT)
+        v = _tile(v_ptr + b * v_b + g * v_g, col, v_t, T, E, BLOCK_E, DOT)
+        lse, delta = _row_values(lse_ptr + (b * H + h) * S, delta_ptr + (b * H + h) * S, row, S)
+        _, ds = _probabilities(
+            q, k, v, dout, lse, delta, row, col, S, T, scale, bias_ptr + b * bias_b + h * bias_h,
+            bias_m, bias_n, CAUSAL, True, PRECISION,
+        )  # fmt: skip
+        acc += ds
+    row, col, tall, wide = row[:, None], col[None, :], S, T
+    if not ROWS:
+        acc = tl.sum(acc, axis=0)[None, :]
+        row, tall = m + tl.full((1, 1), 0, tl.int32), rows
+    if not COLS:
+        acc = tl.sum(acc, axis=1)[:, None]
+        col, wide = n + tl.full((1, 1), 0, tl.int32), cols
+    at = (matrix.to(tl.int64) * tall + row) * wide + col
+    tl.store(dbias_ptr + at, acc, (row < tall) & (col < wide))
+
+
+def _unit(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose last dimension has stride 1: as they are where they allow it."""
+    return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+
+
+class _Problem:
+    """What every launch of one attention passes alike."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> None:
+        (self.b, self.h, self.s, self.d), (self.g, self.t, self.e) = q.shape, v.shape[1:]
+        self.q, self.k, self.v = _unit(q, k, v)
+        self.bias, self.bias_strides = None, (0, 0, 0, 0)
+        if bias is not None:
+            bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+            self.bias_strides = bias.expand(self.b, self.h, self.s, self.t).stride()
+            self.bias = bias
+        self.sizes = (self.h, self.g, self.s, self.t, self.d, self.e, scale)
+        self.causal = causal
+
+    def strides(self, rows: Tensor) -> tuple[int, ...]:
+        """Of q, k, v, bias and then of out or its gradient."""
+        qkv = (s for t in (self.q, self.k, self.v) for s in t.stride()[:3])
+        return *qkv, *self.bias_strides, *rows.stride()[:3]
+
+    def options(self, config: Config) -> dict[str, object]:
+        """Compile-time arguments."""
+        kind = getattr(tl, str(self.q.dtype).removeprefix("torch."))
+        tf32 = torch.backends.cuda.matmul.allow_tf32 and not torch.version.hip
+        return {
+            "CAUSAL": self.causal,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "DOT": kind if self.q.is_cuda else tl.float32,  # the interpreter multiplies bfloat16's bits
+            "BLOCK_M": config.m,
+            "BLOCK_N": config.n,
+            "BLOCK_D": max(16, next_power_of_2(self.d)),  # the least that tl.dot takes
+            "BLOCK_E": max(16, next_power_of_2(self.e)),
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+
+    def config(self, choose) -> Config:  # noqa: ANN001
+        """The blocks for the wider of D and E."""
+        return choose(max(self.d, self.e), self.q.itemsize, torch.version.hip is not None)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    save: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """out, laid out as [B, S, H, E], and lse (base 2) if it is to be saved."""
+    p = _Problem(q, k, v, bias, causal, scale)
+    out = q.new_empty(p.b, p.s, p.h, p.e).transpose(1, 2)
+    lse = q.new_empty(p.b, p.h, p.s, dtype=torch.float32) if save else None
+    if out.numel():
+        config = p.config(forward_config)
+        forward_kernel[(-(-p.s // config.m) * p.b * p.h,)](
+            p.q, p.k, p.v, p.bias, out, lse, *p.strides(out), *p.sizes, **p.options(config)
+        )
+    return out, lse
+
+
+def launch_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, and dbias in fp32 if asked for."""
+    p = _Problem(q, k, v, bias, causal, scale)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    if not (out.numel() and k.numel()):
+        dbias = bias.new_zeros(bias.shape, dtype=torch.float32) if bias_grad else None
+        return *(g.zero_() for g in grads), dbias
+    dout, out = _unit(dout, out)
+    delta = torch.empty_like(lse)
+    config = p.config(backward_config)
+    options = p.options(config)
+    rows, cols = -(-p.s // config.m), -(-p.t // config.n)
+    delta_kernel[(rows * p.b * p.h,)](
+        out, dout, delta, *out.stride()[:3], *dout.stride()[:3], p.h, p.s, p.e,
+        BLOCK_M=config.m, BLOCK_E=options["BLOCK_E"],
+    )  # fmt: skip
+    given = (p.q, p.k, p.v, p.bias, dout, lse, delta)
+    strides = p.strides(dout)
+    key_gradient_kernel[(cols * p.b * p.g,)](*given, *grads[1:], *strides, *p.sizes, **options)
+    query_gradient_kernel[(rows * p.b * p.h,)](*given, grads[0], *strides, *p.sizes, **options)
+    if not bias_grad:
+        return *grads, None
+    shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+    batches, heads = shape[:2]
+    tall, wide = shape[2] == p.s, shape[3] == p.t
+    dbias = lse.new_empty(batches, heads, p.s if tall else rows, p.t if wide else cols)
+    bias_gradient_kernel[(rows * cols * batches * heads,)](
+        *given, dbias, *strides, *p.sizes, batches, heads, p.b // batches, p.h // heads,
+        ROWS=tall, COLS=wide, **options,
+    )  # fmt: skip
+    return *grads, dbias.sum_to_size(shape).reshape(bias.shape)

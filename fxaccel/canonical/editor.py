@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -286,7 +287,7 @@ class Editor:
         return self._top(aten.sym_size.int, (source, where[1]), source.meta["val"].shape[where[1]])
 
     def _composite_size(self, size: sympy.Expr) -> fx.Node | None:
-        combine = _multiply if isinstance(size, sympy.Mul) else _add
+        combine = operator.mul if isinstance(size, sympy.Mul) else operator.add
         result: Any = None
         for part in sorted(size.args, key=lambda e: (e.is_Integer, self._rank(e), str(e))):
             term: Any = int(part) if part.is_Integer else self.size(part)
@@ -320,14 +321,6 @@ class Editor:
 
     def _tops(self) -> set[fx.Node]:
         return {n for n in self._sizes.values() if not n._erased}
-
-
-def _multiply(a: Any, b: Any) -> Any:
-    return a * b
-
-
-def _add(a: Any, b: Any) -> Any:
-    return a + b
 
 
 _CONSTANT_OPS = {

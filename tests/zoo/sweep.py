@@ -89,7 +89,7 @@ def main() -> None:
 def quieten() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
 
 
 def line(row: Row) -> str:
