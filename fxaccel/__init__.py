@@ -5,6 +5,7 @@
 See README.md for the tutorial, `fxaccel.rule` for how a pass is written.
 """
 
+from fxaccel.artifact import load
 from fxaccel.errors import (
     ArtifactError, CaptureError, FxaccelError, OptionError, ProofError, RuleError,
 )  # fmt: skip
@@ -13,6 +14,6 @@ from fxaccel.rule import Pass, Rule, Rules, register
 
 __all__ = [
     "AcceleratedModule", "ArtifactError", "CaptureError", "FxaccelError", "OptionError", "Pass",
-    "ProofError", "Rule", "RuleError", "Rules", "accelerate", "register",
+    "ProofError", "Rule", "RuleError", "Rules", "accelerate", "load", "register",
 ]  # fmt: skip
 __version__ = "0.1.0"

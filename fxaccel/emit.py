@@ -38,6 +38,7 @@ contiguous:method expand:method repeat:method reshape:method to:method type_as:m
 view:method
 """
 _PLAIN_OVERLOADS = re.compile(r"default|Tensor|Scalar|Tensor_Scalar|int|dim|ScalarOpt_dim|dtype|self|start_step")
+_POSITIONAL = {"to": 4}  # arguments above this number are keyword-only in the binding
 _OPERATORS = {
     operator.getitem: "{}[{}]", operator.add: "{} + {}", operator.sub: "{} - {}",
     operator.mul: "{} * {}", operator.floordiv: "{} // {}", operator.mod: "{} % {}",
@@ -239,12 +240,14 @@ class _Emitter:
             return f"{self.argument(node.args[0])}.shape[{node.args[1]}]"
         words = [self.argument(a) for a in node.args]
         words += [f"{k}={self.argument(v)}" for k, v in node.kwargs.items()]
-        return f"{self.operator(node.target)}({', '.join(words)})"
+        return f"{self.operator(node)}({', '.join(words)})"
 
-    def operator(self, target: Any) -> str:
+    def operator(self, node: fx.Node) -> str:
+        target: Any = node.target
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
             name = target._opname
-            if name in _BINDINGS and _PLAIN_OVERLOADS.fullmatch(target._overloadname):
+            limit = _POSITIONAL.get(name, len(node.args))
+            if name in _BINDINGS and len(node.args) <= limit and _PLAIN_OVERLOADS.fullmatch(target._overloadname):
                 return self.constant(name, _BINDINGS[name])
         return self.constant(re.sub(r"\W", "_", target_name(target)), target)
 

@@ -60,6 +60,38 @@ class Region:
 
 
 @dataclass(frozen=True)
+class TensorSpec:
+    """What a loaded graph knows of a tensor; answers like a fake tensor, and costs nothing to make.
+
+    Sizes and strides are ints or sympy expressions over the program's size symbols.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+    device: torch.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def stride(self) -> tuple[Any, ...]:
+        return self.strides
+
+    def numel(self) -> Any:
+        return sympy.prod(self.shape) if self.shape else 1
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SizeSpec:
+    """What a loaded graph knows of a symbolic integer."""
+
+    expr: Any
+
+
+@dataclass(frozen=True)
 class Replacement:
     """Parameters that a pass put in the place of others, with the two-way map between them.
 
@@ -211,9 +243,16 @@ def tensors(value: Any) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
 
 
-def expr(size: int | torch.SymInt) -> sympy.Expr:
-    """The symbolic size behind an int or SymInt, without adding a guard."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+def is_tensor(val: Any) -> bool:
+    """Whether a node's value is a tensor."""
+    return isinstance(val, (Tensor, TensorSpec))
+
+
+def expr(size: Any) -> sympy.Expr:
+    """The symbolic size behind an int, SymInt or expression, without adding a guard."""
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return size.expr if isinstance(size, SizeSpec) else sympy.sympify(size)
 
 
 def value_of(arg: Any) -> Any:
@@ -355,10 +394,14 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
 def is_random(node: fx.Node) -> bool:
     """Whether the call draws random numbers."""
     target = node.target
-    if target is torch.ops.aten.dropout.default:
-        bound = arguments(node)
+    if not isinstance(target, torch._ops.OpOverload) or _RANDOM_TAG not in target.tags:
+        return False
+    bound = arguments(node)
+    if "dropout_p" in bound:  # attention
+        return bound["dropout_p"] != 0
+    if "train" in bound and "p" in bound:
         return bool(bound["train"]) and bound["p"] != 0
-    return isinstance(target, torch._ops.OpOverload) and _RANDOM_TAG in target.tags
+    return True
 
 
 _KEPT = {"_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range",

@@ -14,9 +14,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxaccel.ir import Program, expr, is_call, path, source, target_name
+from fxaccel.ir import Program, SizeSpec, expr, is_call, is_tensor, path, source, target_name
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -60,19 +60,19 @@ class Namer:
         self.symbols = {sympy.Symbol(s): sympy.Symbol(f"s{i}") for i, s in enumerate(order)}
         self.by_name = {str(old): new for old, new in self.symbols.items()}
 
-    def size(self, size: int | torch.SymInt) -> str:
-        if not isinstance(size, torch.SymInt):
+    def size(self, size: Any) -> str:
+        if isinstance(size, int):
             return str(size)
         e = expr(size)
         return str(e.xreplace({s: self.by_name.get(str(s), s) for s in e.free_symbols})).replace(" ", "")
 
     def type(self, val: Any) -> str:
-        if isinstance(val, Tensor):
+        if is_tensor(val):
             dtype = _DTYPES.get(val.dtype, str(val.dtype).removeprefix("torch."))
             return f"{dtype}[{','.join(self.size(s) for s in val.shape)}]"
         if isinstance(val, (tuple, list)):
             return " ".join(self.type(v) for v in val)
-        if isinstance(val, torch.SymInt):
+        if isinstance(val, (torch.SymInt, SizeSpec)):
             return f"int {self.size(val)}"
         return "" if val is None else type(val).__name__.lower()
 

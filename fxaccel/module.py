@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -195,15 +193,3 @@ def _restore(bare: nn.Module, settings: Settings, replacements: list[Any]) -> Ac
     fast.__dict__[_KEY].replacements = replacements
     return fast
 
-
-def warn_unused(names: list[str]) -> None:
-    """A requested pass that applied nowhere is worth a warning."""
-    for name in names:
-        warnings.warn(
-            f"pass {name!r} applied nowhere; fast.report()[{name!r}] says why", UserWarning, stacklevel=4
-        )
-
-
-def signature(model: nn.Module) -> inspect.Signature:
-    """The signature of the model's forward."""
-    return inspect.signature(model.forward)

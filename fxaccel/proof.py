@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import run_nodes, widen
-from fxaccel.ir import Program, expr, structure, tensors
+from fxaccel.ir import Program, SizeSpec, expr, is_tensor, structure
 
 MAX_ELEMENTS = 1 << 22  # of one input, above which symbolic sizes are kept at their small values
 _PERTURBATION, _SHRINK = 2.0**-30, 2.0**-12  # applied at 2**-30 for accuracy, scaled down to 2**-42
@@ -117,7 +117,7 @@ def key(program: Program, rule: str, before: Fragment, after: Fragment) -> str:
 
 
 def _describe(val: Any) -> str:
-    if not isinstance(val, Tensor):
+    if not is_tensor(val):
         return f"{type(val).__name__} {val}"
     shape, stride = [str(expr(s)) for s in val.shape], [str(expr(s)) for s in val.stride()]
     return f"{val.dtype} {shape} {stride}"
@@ -183,7 +183,7 @@ class _Trial:
         hinted = {n: self.program.hints.get(n, small[n]) for n in names}
         if hinted == small:
             return [small]
-        elements = [math.prod(_sizes(v.shape, hinted)) for n in self.before.inputs for v in tensors(n.meta["val"])]
+        elements = [math.prod(_sizes(v.shape, hinted)) for n in self.before.inputs for v in [n.meta["val"]] if is_tensor(v)]
         return [small] + ([hinted] if max(elements, default=0) <= MAX_ELEMENTS else [])
 
     def odd(self, names: list[str]) -> dict[str, int]:
@@ -334,11 +334,11 @@ def materialise(val: Any, sizes: dict[str, int], generator: torch.Generator, per
     Floats are normal with a scale between 1/4 and 4, booleans fair coins, integers 0 or 1 (an index that
     is valid everywhere). With `permuted`, tensors of two or more dimensions are laid out column-major.
     """
-    if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return type(val.node.hint)(val.node.expr.subs(sizes)) if val.node.has_hint() else int(val.node.expr.subs(sizes))
+    if isinstance(val, (torch.SymInt, SizeSpec)):
+        return int(expr(val).subs(sizes))
     if isinstance(val, (list, tuple)):
         return type(val)(materialise(v, sizes, generator, permuted) for v in val)
-    if not isinstance(val, Tensor):
+    if not is_tensor(val):
         return val
     shape, stride = _sizes(val.shape, sizes), _sizes(val.stride(), sizes)
     if permuted and len(shape) >= 2:
@@ -396,15 +396,15 @@ def _nan_free(value: Tensor) -> Tensor:
 def _symbols(val: Any) -> set[sympy.Symbol]:
     found: set[sympy.Symbol] = set()
     for leaf in pytree.tree_leaves(val):
-        dims = (*leaf.shape, *leaf.stride()) if isinstance(leaf, Tensor) else (leaf,)
+        dims = (*leaf.shape, *leaf.stride()) if is_tensor(leaf) else (leaf,)
         for d in dims:
-            if isinstance(d, torch.SymInt):
+            if isinstance(d, (torch.SymInt, SizeSpec, sympy.Expr)):
                 found |= expr(d).free_symbols
     return found
 
 
-def _sizes(dims: Iterable[int | torch.SymInt], sizes: dict[str, int]) -> list[int]:
-    return [int(expr(d).subs(sizes)) if isinstance(d, torch.SymInt) else int(d) for d in dims]
+def _sizes(dims: Iterable[Any], sizes: dict[str, int]) -> list[int]:
+    return [d if isinstance(d, int) else int(expr(d).subs(sizes)) for d in dims]
 
 
 def _text(sizes: dict[str, int]) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fxaccel.kernels import _operator as operator
 from fxaccel.kernels import _rows
@@ -269,7 +268,7 @@ class Norm(torch.autograd.Function):
         return y if r is None else (y, h)
 
     @staticmethod
-    @once_differentiable
+    @operator.once_differentiable
     def backward(ctx, dy, dh=None):
         """Gradients of x, r, w and b; dy or dh is None where nothing reads that output."""
         h, w, mean, rstd = ctx.saved_tensors

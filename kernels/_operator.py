@@ -6,6 +6,7 @@ walks pytrees on every call, where `opcheck` in the tests can do it once.
 """
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -55,6 +56,39 @@ def differentiate(op: Op, derivative: Kernel) -> None:
         return op.redispatch(keys, *args) if kernel is None else kernel(*args)
 
     _LIBRARY.impl(op._opname, autograd, "Autograd", with_keyset=True)
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity in its second argument, with a derivative that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, grad: Tensor, *watched: Tensor | None) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name} has no second derivative")
+
+
+def once_differentiable(backward: Kernel) -> Kernel:
+    """Make a gradient whose own gradient raises, whichever input that is asked for.
+
+    torch's decorator of this name watches the incoming gradient alone. A penalty on the gradient of a sum,
+    whose incoming gradient is a constant, would count as 0 without a word.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        watched = (*grads, *ctx.saved_tensors)
+        name = type(ctx).__name__.removesuffix("Backward")
+        return tuple(g if g is None else _Refuse.apply(name, g, *watched) for g in results)
+
+    return once
 
 
 def autocast(op: Op, device: str, dtype: Callable[[], torch.dtype]) -> None:

@@ -19,7 +19,6 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fxaccel.kernels import _flash, _operator
 
@@ -40,8 +39,14 @@ def reference(
         s = s.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else s + bias.to(f)
     if causal:
         s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -torch.inf)
-    p = s.softmax(-1).masked_fill((s == -torch.inf).all(-1, keepdim=True), 0.0)
-    return (p @ v).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    empty = (s == -torch.inf).all(-1, keepdim=True)
+    p = s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return _joined((p @ v).to(q.dtype))
+
+
+def _joined(out: Tensor) -> Tensor:
+    """[B, H, S, E] stored as [B, S, H, E], copied only if it is not."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def unsupported(
@@ -107,6 +112,16 @@ def _mask(bias: Tensor | None, q: Tensor) -> Tensor | None:
     return bias[(None,) * (4 - bias.ndim)]
 
 
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q and scale with scale > 0, and the factor taken into q.
+
+    PyTorch's CPU kernel scales after it masks: -inf times 0 or a negative number lets masked keys in.
+    """
+    if scale > 0:
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale else (torch.zeros_like(q), 1.0, 0.0)
+
+
 def _fitted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of one head size and unit last stride, which the CPU kernel assumes and does not check."""
     width = max(q.shape[3], v.shape[3])
@@ -130,13 +145,12 @@ def _compose_save(
         kind = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.new_zeros(b, s, h, e).transpose(1, 2), q.new_full((b, h, s), torch.inf, dtype=kind)
     e = v.shape[3]
+    q, scale, _ = _positive(q, scale)
     q, k, v = _fitted(q, k, v)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=_mask(bias, q), scale=scale
     )
-    if e < out.shape[3]:
-        out = out[..., :e].transpose(1, 2).contiguous().transpose(1, 2)
-    return out, lse.contiguous()
+    return _joined(out[..., :e]), lse.contiguous()
 
 
 def _compose_backward(
@@ -159,11 +173,14 @@ def _compose_backward(
     dbias = lse.new_empty(0)
     if bias_grad:
         dbias = _bias_gradient(dout, q, k, v, bias, out, lse, causal, scale)
+    q, scale, factor = _positive(q, scale)
     q, k, v = _fitted(q, k, v)
     dout, out, _ = _fitted(dout, out, v)
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, attn_mask=_mask(bias, q), scale=scale
     )
+    if factor != 1.0:
+        dq = dq * factor
     return *(x[..., :w].contiguous() for x, w in ((dq, d), (dk, d), (dv, e))), dbias
 
 
@@ -237,3 +254,77 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     return *grads, lse.new_empty(bias.shape if bias_grad else (0,))
+
+
+def _double_or(launch_kernel):  # noqa: ANN001, ANN202
+    """The GPU's kernel: `launch_kernel`, and `reference` for float64, which Triton's kernel leaves out."""
+
+    def kernel(q: Tensor, *args: object) -> Tensor:
+        return (reference if q.dtype == torch.float64 else launch_kernel)(q, *args)
+
+    return kernel
+
+
+op = _operator.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale) -> Tensor",
+    cpu=compose,
+    cuda=_double_or(launch),
+    fake=_fake,
+)
+save_op = _operator.define(
+    "attention_save(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale)"
+    " -> (Tensor out, Tensor lse)",
+    cpu=_compose_save,
+    cuda=_save_cuda,
+    fake=_save_fake,
+)
+backward_op = _operator.define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse,"
+    " bool causal, float scale, bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    cpu=_compose_backward,
+    cuda=_backward_cuda,
+    fake=_backward_fake,
+)
+
+
+class Attention(torch.autograd.Function):
+    """The derivative, from lse: no probabilities are stored."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, causal, scale):
+        """Run attention and keep what its gradient reads."""
+        out, lse = save_op(q, k, v, bias, causal, scale)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    @_operator.once_differentiable
+    def backward(ctx, dout):
+        """Gradients of q, k, v and bias."""
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        bias_grad = ctx.needs_input_grad[3]
+        dq, dk, dv, dbias = backward_op(
+            dout, q, k, v, bias, out, lse, ctx.causal, ctx.scale, bias_grad
+        )
+        return dq, dk, dv, dbias.to(bias.dtype) if bias_grad else None, None, None
+
+
+def _derivative(q: Tensor, *args: object) -> Tensor:
+    double = q.dtype == torch.float64 and q.device.type == "cuda"
+    return reference(q, *args) if double else Attention.apply(q, *args)
+
+
+def _flops(q, k, v, *args, **kwargs) -> int:  # noqa: ANN001
+    return 2 * prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+_operator.differentiate(op, _derivative)
+_operator.autocast(op, "cpu", lambda: torch.get_autocast_dtype("cpu"))
+_operator.autocast(op, "cuda", lambda: torch.get_autocast_dtype("cuda"))
+_operator.count_flops(op, _flops)
+_operator.count_flops(save_op, _flops)
+_operator.count_flops(
+    backward_op,
+    lambda dout, q, k, v, *args, **kwargs: 2 * prod(q[:3]) * k[2] * (3 * q[3] + 2 * v[3]),
+)

@@ -46,7 +46,10 @@ def rename(e: Editor, node: fx.Node) -> fx.Node | None:
     args = node.args
     if node.target is aten.clamp_max.default:
         args = (args[0], None, args[1])
-    return e.call(node, RENAMED[node.target], *args, val=node.meta["val"], **node.kwargs)
+    kwargs = dict(node.kwargs)
+    if len(args) == 3 and node.target in (aten.add.Scalar, aten.sub.Scalar):
+        *args, kwargs["alpha"] = args  # type: ignore[assignment]
+    return e.call(node, RENAMED[node.target], *args, val=node.meta["val"], **kwargs)
 
 
 _LOGICAL = {aten.logical_and.default: aten.bitwise_and.Tensor, aten.logical_or.default: aten.bitwise_or.Tensor,

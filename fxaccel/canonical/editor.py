@@ -125,6 +125,7 @@ class Editor:
         self._numbers: dict[fx.Node, Tensor | None] = {}
         self._from_state: dict[fx.Node, bool] = {}
         self._sizes: dict[sympy.Expr, fx.Node] = {}
+        self._adopt_sizes()
 
     def refresh(self) -> None:
         """Recompute what edits have made needlessly cautious."""
@@ -243,6 +244,23 @@ class Editor:
             pending += [n for n in inputs if not n.users and not ir.has_effect(n)]
 
     # -- sizes ------------------------------------------------------------------------------------
+
+    def _adopt_sizes(self) -> None:
+        """Know the size nodes that stand at the top of the graph already."""
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            val = node.meta.get("val")
+            if not isinstance(val, torch.SymInt):
+                break
+            where = self.program.sizes.get(str(expr(val)))
+            source = None if where is None else self.program.inputs[where[0]]
+            first = node.args[0]
+            if node.target is aten.sym_size.int and source == getattr(first, "name", first):
+                if where is not None and node.args[1] == where[1]:
+                    self._sizes.setdefault(expr(val), node)
+            elif node.meta.get("by") == BY:
+                self._sizes.setdefault(expr(val), node)
 
     def sizes(self, shape: Sequence[sympy.Expr], *, infer: bool = True) -> list[Any] | None:
         """Canonical arguments for a shape, None where one of its sizes is nowhere in the graph.

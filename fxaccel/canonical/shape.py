@@ -157,26 +157,44 @@ ELEMENTWISE = {
 _WITH_NUMBER = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
 
-@on(*ELEMENTWISE, *_WITH_NUMBER, aten.softmax.int, aten.log_softmax.int, aten.linear.default)
+_LAST = (aten.softmax.int, aten.log_softmax.int, aten.linear.default, aten.layer_norm.default,
+         aten.rms_norm.default)  # fmt: skip
+
+
+@on(*ELEMENTWISE, *_WITH_NUMBER, *_LAST)
 def reshape_after(e: Editor, node: fx.Node) -> fx.Node | None:
-    """A reshape before an elementwise operator, a softmax or linear of a kept last dimension comes after it."""
+    """A reshape before an elementwise operator, or one over a last dimension that it keeps, comes after it."""
     flat = node.args[0]
-    if not e.at(flat, aten.reshape.default) or len(node.all_input_nodes) > 1 and node.target in _WITH_NUMBER:
+    if not e.at(flat, aten.reshape.default):
         return None
     x = flat.args[0]
-    if node.target not in (*ELEMENTWISE, *_WITH_NUMBER):
-        kept = e.shape(x)[-1:] == e.shape(flat)[-1:] != ()
-        if not kept or (node.target is not aten.linear.default and node.args[1] != rank(flat) - 1):
-            return None
-    elif len(flat.users) > 1:
-        return None
+    kept = e.shape(x)[-1:] == e.shape(flat)[-1:] != ()
     args = list(node.args[1:])
-    if node.target in (aten.softmax.int, aten.log_softmax.int):
-        args[0] = rank(x) - 1
-    sizes = e.sizes(e.shape(node))
+    if node.target in _LAST:
+        movable = kept and (node.target is aten.linear.default or args[0] in (rank(flat) - 1, [*flat.meta["val"].shape[-1:]]))
+    else:
+        others = [a for a in args if isinstance(a, fx.Node)]
+        movable = len(flat.users) == 1 and all(kept and is_tensor(o) and rank(o) <= 1 for o in others)
+    sizes = e.sizes(e.shape(node)) if movable else None
     if sizes is None:
         return None
+    if node.target in (aten.softmax.int, aten.log_softmax.int):
+        args[0] = rank(x) - 1
     inner = e.call(node, node.target, x, *args, val=_value_before(e, node, x), **node.kwargs)
+    return e.call(node, aten.reshape.default, inner, sizes, val=node.meta["val"])
+
+
+@on(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+def reshape_after_both(e: Editor, node: fx.Node) -> fx.Node | None:
+    """Values reshaped alike are combined first."""
+    a, b = node.args
+    if not e.once(a, aten.reshape.default) or not e.once(b, aten.reshape.default) or node.kwargs:
+        return None
+    x, y = a.args[0], b.args[0]
+    sizes = e.sizes(e.shape(node))
+    if e.shape(x) != e.shape(y) or e.shape(a) != e.shape(b) or sizes is None:
+        return None
+    inner = e.call(node, node.target, x, y, val=_value_before(e, node, x))
     return e.call(node, aten.reshape.default, inner, sizes, val=node.meta["val"])
 
 
@@ -228,6 +246,18 @@ _BROADCASTING = (
     aten.bitwise_or.Tensor, aten.where.self, aten.eq.Tensor, aten.ne.Tensor, aten.ge.Tensor,
     aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor, aten.maximum.default, aten.minimum.default,
 )  # fmt: skip
+
+
+@on(*(ELEMENTWISE - {aten.dropout.default}), *_WITH_NUMBER, aten.where.ScalarSelf, aten.where.ScalarOther,
+    aten.where.self)  # fmt: skip
+def expand_after(e: Editor, node: fx.Node) -> fx.Node | None:
+    """An `expand` before an operator whose other operands are numbers comes after it."""
+    wide = [a for a in node.args if is_tensor(a) and rank(a) > 0]
+    if len(wide) != 1 or not e.once(wide[0], aten.expand.default) or e.shape(wide[0]) != e.shape(node):
+        return None
+    x, sizes = wide[0].args
+    inner = e.call(node, node.target, *(x if a is wide[0] else a for a in node.args), **node.kwargs)
+    return e.call(node, aten.expand.default, inner, sizes, val=node.meta["val"])
 
 
 @on(*_BROADCASTING, autocast=True)

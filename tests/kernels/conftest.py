@@ -44,18 +44,20 @@ def device(request):
 def near():
     """Check a result against fp64, allowing for what the same mathematics loses in eager mode."""
 
-    def check(got, eager, exact, ulps=4):
-        """Twice eager's error, and 4 eps of the largest value: 1 for the rounding of the result, 1 for the
-        interpreter's bfloat16, which truncates, 2 for rsqrt and exp2, which the GPU approximates."""
+    def check(got, eager, exact, terms=None, dtype=None, ulps=4):
+        """Twice eager's error, and 4 eps: 1 for the rounding of the result, 1 for the interpreter's bfloat16,
+        which truncates, 2 for rsqrt and exp2, which a GPU approximates. Eps of the largest sum of absolute
+        terms, for a sum's error goes with these; `terms` has these sums where they are not the values."""
         assert got.dtype == eager.dtype
         assert got.shape == eager.shape == exact.shape
         if not got.numel():
             return
-        eps = torch.finfo(got.dtype).eps
+        eps = torch.finfo(dtype or got.dtype).eps
         got, eager, exact = (t.detach().double().cpu() for t in (got, eager, exact))
         assert torch.isfinite(got).all()
-        allowed = 2 * (eager - exact).abs().max() + ulps * eps * exact.abs().max()
-        error = (got - exact).abs().max()
+        largest = (exact if terms is None else terms).abs().max().item()
+        allowed = 2 * (eager - exact).abs().max().item() + ulps * eps * largest
+        error = (got - exact).abs().max().item()
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check

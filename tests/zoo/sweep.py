@@ -181,9 +181,14 @@ def specialised(program: torch.export.ExportedProgram, inputs: dict[str, Any]) -
     for name, value in inputs.items():
         if isinstance(value, Tensor) and name in nodes:
             sizes = nodes[name].meta["val"].shape
-            dims = [str(i) for i, s in enumerate(sizes) if isinstance(s, int) and s >= 2]
+            dims = [str(i) for i, size in enumerate(sizes) if (constant(size) or 0) >= 2]
             fixed += [f"{name}[{','.join(dims)}]"] if dims else []
     return "fixed: " + " ".join(fixed) if fixed else ""
+
+
+def constant(size: int | torch.SymInt) -> int | None:
+    """The value of a size that is fixed; export keeps even those as symbols of one value."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def foreign(output: Any) -> Iterator[Any]:
