@@ -170,7 +170,7 @@ class Call:
 def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Export one call of `module` into a Program; raises CaptureError with the user's line."""
     example = Call(args, kwargs)
-    attempts = [True, False] if any(s > 1 for t in example.tensors for s in t.shape) else [False]
+    attempts = [True, False] if any(_varying(t) for t in example.tensors) else [False]
     failures: list[BaseException] = []
     for dynamic in attempts:
         wrapper = _FlatCall(clone_tree(module), example, ambient_autocast())
@@ -209,8 +209,7 @@ def ambient_autocast() -> list[Region]:
 
 def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram:
     shapes = [
-        {d: Dim.AUTO for d, size in enumerate(t.shape) if size > 1} if dynamic else None
-        for t in example.tensors
+        {d: Dim.AUTO for d in _varying(t)} if dynamic else None for t in example.tensors
     ]
     tensors = tuple(_plain(t) for t in example.tensors)
     with contextlib.ExitStack() as stack:
@@ -220,6 +219,17 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
         for region in wrapper.autocast:
             stack.enter_context(torch.autocast(region.args[0], enabled=False))
         return torch.export.export(wrapper, tensors, dynamic_shapes=(tuple(shapes),), strict=False)
+
+
+def _varying(tensor: Tensor) -> list[int]:
+    """Dimensions left symbolic: those of two or more; of images and volumes the batch alone.
+
+    (Sizes of pixels are fixed for a model more often than not, and with symbolic ones export takes
+    minutes.) Parameters, which graph pieces get as arguments, are fixed.
+    """
+    if isinstance(tensor, nn.Parameter):
+        return []
+    return [d for d, size in enumerate(tensor.shape) if size > 1 and (d == 0 or tensor.dim() < 4)]
 
 
 def _plain(tensor: Tensor) -> Tensor:

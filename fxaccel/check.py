@@ -53,56 +53,80 @@ class _Seen:
     spec: Structure
 
 
+Runner = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, list[dict[str, Any]]]]
+
+
 def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -> Verdict:
     """Run both on `example` (nothing that it holds is written to) and compare all that is seen."""
+
+    def emitted(tree: nn.Module, leaves: tuple[Tensor, ...]) -> Any:
+        forward = capture.code.bind(tree, "<fxaccel check>")["forward"]
+        args, kwargs = example.unflatten(leaves)
+        given = objects((args, kwargs))
+        value = deliver(forward(*leaves), capture.program.out_spec, given)
+        return value, [dict(vars(g)) for g in given]
+
+    return compare_runs(emitted, original, module, example, capture.raw)
+
+
+def compare_runs(
+    emitted: Runner, original: nn.Module, module: Any, example: Call, raw: Program | None
+) -> Verdict:
+    """Compare what `emitted` does over the tree of `module` with the original, both on `example`."""
+
+    def eager(tree: nn.Module, leaves: tuple[Tensor, ...]) -> Any:
+        args, kwargs = example.unflatten(leaves)
+        given = objects((args, kwargs))
+        return tree(*args, **kwargs), [dict(vars(g)) for g in given]
+
     state = torch.get_rng_state()
-    old = _observe(_isolated(original), lambda tree, leaves: _eager(tree, example, leaves), example, state)
-    emitted = _isolated(module._bare())
-    forward = capture.code.bind(emitted, "<fxaccel check>")["forward"]
-    new = _observe(emitted, lambda _, leaves: _emitted(capture, example, forward, leaves), example, state)
+    old = _observe(_isolated(original), eager, example, state)
+    try:
+        new = _observe(_isolated(module._bare()), emitted, example, state)
+    except Exception as error:  # whatever it raises, the model did not
+        return Verdict(False, why=f"it raises {type(error).__name__}: {error}")
     if old.spec != new.spec:
         return Verdict(False, why=f"the output is {new.spec} where the model returns {old.spec}")
-    reference, yardstick = _yardstick(capture.raw, original, example, state, old)
+    found = None if raw is None else _in_float64(raw, original, example, state)
+    if found is None:
+        nudged = _observe(_isolated(original, _nudged), eager, example, state, _nudged)
+        return _verdict(old, new, nudged.values, "one eps")
+    return _verdict(old, new, found, "float64")
+
+
+def _verdict(old: _Seen, new: _Seen, reference: dict[str, Any], yardstick: str) -> Verdict:
     worst = 0.0
     for name, value in old.values.items():
         if name not in new.values:
             continue  # a parameter that a pass replaced has no gradient of its own
-        found, why = _difference(value, new.values[name], reference.get(name), yardstick)
-        if why or found > 1:
-            return Verdict(False, found, f"{name} {why or f'is {found:.3g} times the tolerance away'}")
-        worst = max(worst, found)
+        share, why = _difference(value, new.values[name], reference.get(name), yardstick)
+        if why or share > 1:
+            return Verdict(False, share, f"{name} {why or f'is {share:.3g} times the tolerance away'}")
+        worst = max(worst, share)
     return Verdict(True, worst, yardstick=yardstick)
 
 
-def _eager(tree: nn.Module, example: Call, leaves: tuple[Tensor, ...]) -> Any:
-    args, kwargs = example.unflatten(leaves)
-    given = objects((args, kwargs))
-    return tree(*args, **kwargs), [dict(vars(g)) for g in given]
-
-
-def _emitted(capture: Capture, example: Call, forward: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
-    args, kwargs = example.unflatten(leaves)
-    given = objects((args, kwargs))
-    value = deliver(forward(*leaves), capture.program.out_spec, given)
-    return value, [dict(vars(g)) for g in given]
-
-
-def _isolated(module: nn.Module) -> nn.Module:
-    """A tree that shares the parameters and has buffers of its own; tied buffers stay tied."""
-    tree, made = clone_tree(module), dict[int, Tensor]()
+def _isolated(module: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """A tree that shares the parameters (or has changed ones) and has buffers of its own; ties are kept."""
+    tree, made = clone_tree(module), dict[int, Any]()
     tree._forward_hooks.clear()  # the root's own hooks run around the emitted forward as well
     tree._forward_pre_hooks.clear()
     for m in tree.modules():
         for key, buffer in m._buffers.items():
             if buffer is not None:
                 m._buffers[key] = made.setdefault(id(buffer), buffer.detach().clone())
+        for key, parameter in m._parameters.items():
+            if parameter is not None and change is not None:
+                moved = nn.Parameter(change(parameter.detach()), parameter.requires_grad)
+                m._parameters[key] = made.setdefault(id(parameter), moved)
     return tree
 
 
 def _observe(
-    tree: nn.Module, run: Callable[[nn.Module, tuple[Tensor, ...]], Any], example: Call, state: Tensor
-) -> _Seen:
-    leaves = tuple(_fresh(t) for t in example.tensors)
+    tree: nn.Module, run: Runner, example: Call, state: Tensor,
+    change: Callable[[Tensor], Tensor] = lambda t: t,
+) -> _Seen:  # fmt: skip
+    leaves = tuple(change(_fresh(t)).detach().requires_grad_(t.requires_grad) for t in example.tensors)
     watched = dict(tree.named_parameters()) | {f"input {i}": t for i, t in enumerate(leaves)}
     torch.set_rng_state(state)
     outputs, spec = flatten(run(tree, leaves), keep=belongings(tree))
@@ -142,22 +166,12 @@ def _gradients(outputs: list[Any], watched: dict[str, Tensor]) -> dict[str, Any]
 # -- yardsticks ------------------------------------------------------------------------------------
 
 
-def _yardstick(
-    raw: Program, original: nn.Module, example: Call, state: Tensor, old: _Seen
-) -> tuple[dict[str, Any], str]:
-    """The captured graph in float64, or where there is none, moved by one eps."""
-    if not any(is_random(n) for n in raw.graph.nodes):
-        try:
-            return _run_graph(raw, original, example, state, evaluate.widen, double=True), "float64"
-        except (RuntimeError, NotImplementedError, TypeError):
-            pass  # an operator of one dtype only: the other yardstick is named in the report
-    return _run_graph(raw, original, example, state, _nudged, double=False), "one eps"
-
-
-def _run_graph(
-    raw: Program, original: nn.Module, example: Call, state: Tensor,
-    change: Callable[[Tensor], Tensor], *, double: bool,
-) -> dict[str, Any]:  # fmt: skip
+def _in_float64(
+    raw: Program, original: nn.Module, example: Call, state: Tensor
+) -> dict[str, Any] | None:
+    """What the captured graph shows in float64, None where it cannot be run so."""
+    if any(is_random(n) for n in raw.graph.nodes):
+        return None
     tensors = dict(original.named_parameters(remove_duplicate=False)) | dict(
         original.named_buffers(remove_duplicate=False)
     )
@@ -165,20 +179,21 @@ def _run_graph(
     values: dict[str, Tensor] = {}
     for name, slot in raw.state.items():
         source = raw.constants[slot.name] if slot.kind == "constant" else tensors[slot.name]
-        fresh = made.setdefault(id(source), change(source.detach().clone()).requires_grad_(source.requires_grad))
-        values[name] = fresh
+        wide = evaluate.widen(source.detach().clone()).requires_grad_(source.requires_grad)
+        values[name] = made.setdefault(id(source), wide)
     names = {slot.name: values[p] for p, slot in raw.state.items()}
     leaves = list(example.leaves)
     watched = {n: t for n, t in names.items() if t.requires_grad}
     for k, i in enumerate(example.tensor_at):
-        leaves[i] = change(_fresh(leaves[i]).detach()).requires_grad_(leaves[i].requires_grad)
-        watched[f"input {k}"] = leaves[i]
-    torch.set_rng_state(state)
-    outputs = evaluate.run(raw, values, leaves, double=double)
+        wide = evaluate.widen(_fresh(leaves[i]).detach()).requires_grad_(leaves[i].requires_grad)
+        leaves[i] = watched[f"input {k}"] = wide
+    try:
+        outputs = evaluate.run(raw, values, leaves, double=True)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # an operator of one dtype only; the report names the other yardstick
     result: dict[str, Any] = {f"output {i}": _detached(v) for i, v in enumerate(outputs)}
-    result |= _gradients(outputs, watched)
-    result |= {f"buffer {n}": b for n, b in names.items() if n in raw.buffers}
-    return result
+    result |= _gradients(outputs, {n: t for n, t in watched.items() if t.requires_grad})
+    return result | {f"buffer {n}": b for n, b in names.items() if n in raw.buffers}
 
 
 def _nudged(value: Tensor) -> Tensor:

@@ -100,8 +100,7 @@ def run(
     program: Program, passes: Sequence[Pass], *, allow: str = "reassociated", strict: bool = False
 ) -> Run:
     """Run `passes` (already ordered) over a canonical program."""
-    mode = f"{'training' if program.training else 'eval'}{'' if program.grad else ', no gradients'}"
-    result = Run(program, CaptureReport(mode))
+    result = Run(program, CaptureReport(mode(program.training, program.grad)))
     for one in passes:
         record = PassReport(one.name)
         result.report.passes.append(record)
@@ -116,12 +115,17 @@ def run(
     return result
 
 
+def mode(training: bool, grad: bool) -> str:
+    """The mode of a capture, in words."""
+    return f"{'training' if training else 'eval'}{'' if grad else ', no gradients'}"
+
+
 def _unfit(one: Pass, program: Program, allow: str) -> str:
     if NUMERICS.index(one.numerics) > NUMERICS.index(allow):  # type: ignore[arg-type]
         return f"it is of class {one.numerics!r} and allow={allow!r}; pass allow={one.numerics!r} to use it"
-    mode = "training" if program.grad else "inference"
-    if mode not in one.serves:
-        return f"it serves {' and '.join(one.serves)} only, and this capture is for {mode}"
+    use = "training" if program.grad else "inference"
+    if use not in one.serves:
+        return f"it serves {' and '.join(one.serves)} only, and this capture is for {use}"
     return ""
 
 

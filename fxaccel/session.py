@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxaccel import manager
 from fxaccel.canonical import canonicalize
@@ -20,6 +20,7 @@ from fxaccel.discover import resolve
 from fxaccel.emit import Code, emit
 from fxaccel.errors import CaptureError, OptionError, ProofError
 from fxaccel.ir import Program, Replacement
+from fxaccel.pieces import Pieces
 from fxaccel.proof import Manifest
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
@@ -70,6 +71,11 @@ class Capture:
     forward: Any = None
     result: Any = None
 
+    @property
+    def source(self) -> str:
+        """The generated code."""
+        return self.code.source
+
     def bind(self, module: nn.Module, index: int, backend: str) -> None:
         """Make the functions over the tables of `module`."""
         names = self.code.bind(module, f"<fxaccel {type(module).__name__} {index}>")
@@ -84,7 +90,7 @@ class Session:
     """What an accelerated module keeps besides its parameters: settings and captures."""
 
     settings: Settings
-    captures: dict[Any, list[Capture]] = field(default_factory=dict)
+    captures: dict[Any, list[Capture | Pieces]] = field(default_factory=dict)
     replacements: list[Replacement] = field(default_factory=list)
     dropped: int = 0
     _modules: list[nn.Module] = field(default_factory=list)
@@ -104,6 +110,8 @@ class Session:
                 break
         else:
             one = self.capture(module, args, kwargs)
+        if isinstance(one, Pieces):
+            return one.run(*args, **kwargs)
         leaves = one.forward(*tensors)
         if example is None or not example.objects:
             return one.result(leaves)
@@ -146,19 +154,34 @@ class Session:
 
     # -- capture ----------------------------------------------------------------------------------
 
-    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    def capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:
         """Capture this call, run the passes, check the result, and keep it."""
         original = self.restored(module)
         with torch.random.fork_rng():
-            raw = capture(original, args, kwargs)
-            one = self.rewrite(raw)
-            self.adopt(module, one.program)
-            one.bind(module, self.dropped + sum(map(len, self.captures.values())), self.settings.backend)
-            if self.settings.check:
-                one = self.checked(one, original, module, Call(args, kwargs))
+            try:
+                raw = capture(original, args, kwargs)
+            except CaptureError as error:
+                one: Capture | Pieces = self.piecewise(error, original, module, Call(args, kwargs))
+            else:
+                one = self.whole(raw, original, module, Call(args, kwargs))
         self.enforce(one.report)
         plain = not kwargs and all(type(a) is Tensor for a in args)
         self.keep(self.key(module, args, None if plain else Call(args, kwargs)), one)
+        return one
+
+    def whole(self, raw: Program, original: nn.Module, module: Any, example: Call) -> Capture:
+        one = self.rewrite(raw)
+        self.adopt(module, one.program)
+        one.bind(module, self.dropped + len(self.all), self.settings.backend)
+        return self.checked(one, original, module, example) if self.settings.check else one
+
+    def piecewise(self, why: CaptureError, original: nn.Module, module: Any, example: Call) -> Pieces:
+        """The model in several graphs, where it cannot be one."""
+        if isinstance(original, fx.GraphModule) or self.settings.strict:
+            raise why
+        one = Pieces(self.settings, why, manager.mode(module.training, torch.is_grad_enabled()))
+        one.bind(module)
+        one.checked(original, module, example)
         return one
 
     def rewrite(self, raw: Program) -> Capture:
@@ -190,7 +213,7 @@ class Session:
         plain.report = CaptureReport(one.report.mode, passes, one.report.notes, str(again))
         return plain
 
-    def keep(self, key: Any, one: Capture) -> None:
+    def keep(self, key: Any, one: Capture | Pieces) -> None:
         self.captures.setdefault(key, []).insert(0, one)
         while sum(map(len, self.captures.values())) > self.settings.max_captures:
             oldest = next(iter(self.captures))
@@ -278,7 +301,7 @@ class Session:
     # -- questions --------------------------------------------------------------------------------
 
     @property
-    def all(self) -> list[Capture]:
+    def all(self) -> list[Capture | Pieces]:
         return [c for group in self.captures.values() for c in group]
 
     def report(self) -> Report:
@@ -289,7 +312,7 @@ class Session:
         return Report(captures)
 
     def code(self) -> str:
-        return "\n\n".join(f"# captured for {c.report.mode}\n{c.code.source}" for c in self.all)
+        return "\n\n".join(f"# captured for {c.report.mode}\n{c.source}" for c in self.all)
 
     def diff(self, index: int, raw: bool) -> Any:
         from fxaccel.diff import Diff
@@ -297,6 +320,8 @@ class Session:
         if not self.captures:
             raise OptionError("nothing is captured yet, so there is nothing to compare", "call the model once")
         one = self.all[index]
+        if isinstance(one, Pieces):
+            raise OptionError("the model was captured in pieces, which have no one diff", "see fast.report()")
         return Diff(one.raw if raw else one.canonical, one.program)
 
     def rebound(self, module: nn.Module) -> Session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxaccel import ir
-from fxaccel.canonical import arguments, arithmetic, idiom, product, shape  # noqa: F401
+from fxaccel.canonical import arguments, arithmetic, idiom, motion, parts, product, shape  # noqa: F401
 from fxaccel.canonical.arguments import normal_arguments
 from fxaccel.canonical.editor import BY, ORDER, STEPS, UNDER_AUTOCAST, Editor, aten, under_autocast
 from fxaccel.canonical.effects import functionalise

@@ -1,0 +1,88 @@
+"""Models that are no single graph: Dynamo cuts them at the breaks, and each piece is a capture of its own.
+
+Used where export fails, for a branch on a value, say. The Python between the pieces runs as it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxaccel.check import compare_runs
+from fxaccel.errors import CaptureError
+from fxaccel.report import CaptureReport, PassReport, Report
+from fxaccel.structure import objects
+
+if TYPE_CHECKING:
+    from fxaccel.capture import Call
+    from fxaccel.session import Settings
+
+
+@dataclass
+class Pieces:
+    """A capture in several graphs; it stands where a Capture does, and is called with the arguments."""
+
+    settings: Settings
+    why: CaptureError
+    mode: str
+    pieces: list[Any] = field(default_factory=list)
+    check: str = ""
+
+    def bind(self, module: Any, index: int = 0, backend: str = "python") -> None:
+        """Compile the tree of `module` piece by piece; a piece is captured when it is first run."""
+        self.pieces = []
+        self.run = self.compiled(module._bare(), self.pieces)
+
+    def compiled(self, tree: nn.Module, pieces: list[Any]) -> Callable[..., Any]:
+        from fxaccel.module import wrap
+
+        settings = replace(self.settings, requested=(), expect=(), strict=False)
+
+        def backend(graph: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+            piece = wrap(graph, settings)
+            pieces.append(piece)
+            return piece
+
+        return torch.compile(tree, backend=backend, dynamic=False)
+
+    def accepts(self, *tensors: Tensor) -> bool:
+        """Dynamo has its own guards."""
+        return True
+
+    def fits(self) -> bool:
+        """See `accepts`."""
+        return True
+
+    def checked(self, original: nn.Module, module: Any, example: Call) -> None:
+        """Compare with the model; raises the CaptureError of the single graph where it fails."""
+
+        def emitted(tree: nn.Module, leaves: tuple[Tensor, ...]) -> Any:
+            args, kwargs = example.unflatten(leaves)
+            given = objects((args, kwargs))
+            return self.compiled(tree, [])(*args, **kwargs), [dict(vars(g)) for g in given]
+
+        verdict = compare_runs(emitted, original, module, example, None)
+        if not verdict.ok:
+            raise CaptureError(
+                f"{self.why.message}; in pieces, {verdict.why}", self.why.hint
+            ) from self.why
+        self.check = str(verdict)
+
+    @property
+    def report(self) -> CaptureReport:
+        """The reports of all pieces as one."""
+        reports = [c for p in self.pieces for c in p.report().captures]
+        merged = Report(reports)
+        passes: list[PassReport] = [merged[name] for name in merged]
+        notes = [f"captured in {len(self.pieces)} pieces, sizes fixed: {self.why.message}"]
+        notes += dict.fromkeys(n for r in reports for n in r.notes)
+        return CaptureReport(self.mode, passes, notes, self.check)
+
+    @property
+    def source(self) -> str:
+        """The generated code of all pieces."""
+        return "\n\n".join(p.code for p in self.pieces)
