@@ -9,6 +9,7 @@ Parameters are read from the module's tables at each call, so loading, moving an
 
 from __future__ import annotations
 
+import importlib
 import keyword
 import math
 import operator
@@ -249,7 +250,8 @@ class _Emitter:
             limit = _POSITIONAL.get(name, len(node.args))
             if name in _BINDINGS and len(node.args) <= limit and _PLAIN_OVERLOADS.fullmatch(target._overloadname):
                 return self.constant(name, _BINDINGS[name])
-        return self.constant(re.sub(r"\W", "_", target_name(target)), target)
+        direct = _direct(node)
+        return self.constant(re.sub(r"\W", "_", target_name(target)), direct or target)
 
     def argument(self, arg: Any) -> str:
         if isinstance(arg, fx.Node):
@@ -311,6 +313,19 @@ class _Emitter:
                 yield f"{given}_shape[{d}] == {PythonPrinter().doprint(symbol)}"
         if val.dim() > 1:
             yield f"{given}.is_contiguous() is {name in self.program.contiguous}"
+
+
+def _direct(node: fx.Node) -> Any:
+    """The `direct` function of one of our kernels: on the CPU, torch's own operators, called as they are."""
+    target, val = node.target, node.meta.get("val")
+    first = val[0] if isinstance(val, (tuple, list)) and val else val
+    if getattr(target, "namespace", "") != "fxaccel" or getattr(first, "device", None) != torch.device("cpu"):
+        return None
+    try:
+        module = importlib.import_module(f"fxaccel.kernels.{target._opname}")  # type: ignore[union-attr]
+    except ModuleNotFoundError:
+        return None
+    return getattr(module, "direct", None)
 
 
 def _is_condition(guard: str) -> bool:

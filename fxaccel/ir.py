@@ -255,6 +255,14 @@ def expr(size: Any) -> sympy.Expr:
     return size.expr if isinstance(size, SizeSpec) else sympy.sympify(size)
 
 
+def number(size: Any, sizes: dict[str, int]) -> int:
+    """The size with every symbol given a value by its name."""
+    if isinstance(size, int):
+        return size
+    e = expr(size)
+    return int(e.xreplace({s: sympy.Integer(sizes[str(s)]) for s in e.free_symbols}))
+
+
 def value_of(arg: Any) -> Any:
     """`arg` with every node replaced by the fake value it computes."""
     return fx.map_arg(arg, lambda n: n.meta["val"])

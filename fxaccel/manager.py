@@ -221,8 +221,8 @@ class Driver:
     def rewrite(self, rules: Sequence[Rule]) -> None:
         """Apply local rules wherever they match, until none fires."""
         local = _Local(self, rules)
-        for node in list(self.program.graph.nodes):
-            local.visit(node)
+        while local.sweep():
+            pass
 
 
 class _Local:
@@ -233,7 +233,15 @@ class _Local:
         self.patterns = [(rule, rule.traced()) for rule in rules]
         # Computed once: sites that touch written storage are refused, so new nodes never do.
         self.writers = self.program.facts(written)
+        self.seen: set[tuple[str, fx.Node]] = set()  # sites whose refusal or miss is on record
         self.budget = ROUNDS_PER_NODE * len(self.program.graph.nodes) + ROUNDS_PER_NODE
+
+    def sweep(self) -> bool:
+        """Visit every node, the last first so that the largest match wins; whether anything changed."""
+        before = self.budget
+        for node in reversed(list(self.program.graph.nodes)):
+            self.visit(node)
+        return self.budget != before
 
     def visit(self, node: fx.Node) -> None:
         """Rewrite at `node`, then at the nodes that came of it."""
@@ -259,12 +267,15 @@ class _Local:
         name = type(rule).__name__
         found = find(pattern, self.program, root)
         if isinstance(found, Miss):
-            if found.depth > 1:
+            if found.depth > 1 and (name, root) not in self.seen:
+                self.seen.add((name, root))
                 self.driver.record.near_misses.append(self.driver._site(root, found.why, name))
             return []
         why = [*self.obstacles(found)] or _sentences(rule, found)
         if why:
-            self.driver.refused(root, "; ".join(why), name)
+            if (name, root) not in self.seen:
+                self.seen.add((name, root))
+                self.driver.refused(root, "; ".join(why), name)
             return []
         return self.replace(rule, found)
 

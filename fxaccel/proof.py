@@ -7,7 +7,8 @@ algebra    in float64 both must agree to within what a relative change of the in
            original (about a thousand float64 eps: room for another order of summation, not for another
            formula)
 rounding   in the site's own dtype the replacement's distance from the float64 original may be at most twice
-           the original's own distance, plus two eps of the largest value
+           the original's own distance and what a change of every input by one eps does, plus two eps of
+           the largest value
 
 Passes of class `lower_precision` or `approximate` only have their distance measured and recorded. Sites
 with one structure are proved once; the key is a hash of both fragments and their inputs.
@@ -28,7 +29,7 @@ from torch import Tensor, fx
 
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import run_nodes, widen
-from fxaccel.ir import Program, SizeSpec, expr, is_tensor, structure
+from fxaccel.ir import Program, SizeSpec, expr, is_tensor, number, structure
 
 MAX_ELEMENTS = 1 << 22  # of one input, above which symbolic sizes are kept at their small values
 _PERTURBATION, _SHRINK = 2.0**-30, 2.0**-12  # applied at 2**-30 for accuracy, scaled down to 2**-42
@@ -217,12 +218,12 @@ class _Trial:
         except (RuntimeError, TypeError, NotImplementedError) as error:
             return f"with {trial} the replacement raises {type(error).__name__}: {str(error).splitlines()[0]}"
         self.trials.append(trial)
+        moved = self.run(self.before, [perturbed(v) for v in wide], double=True)
         if self.numerics in ("bitwise", "reassociated"):
-            moved = self.run(self.before, [_perturb(v) for v in wide], double=True)
             why = _algebra(reference, algebra, moved)
             if why:
                 return f"with {trial} {why}"
-        why = self.rounding(reference, old, new)
+        why = self.rounding(reference, moved, old, new)
         return f"with {trial} {why}" if why else ""
 
     def run(self, part: Fragment, values: list[Any], double: bool = False) -> tuple[list[Any], list[Any]]:
@@ -236,17 +237,19 @@ class _Trial:
         weights = [_weights(o) for o in flowing]
         return outputs, list(torch.autograd.grad(flowing, wanted, weights, allow_unused=True))
 
-    def rounding(self, reference: Any, old: Any, new: Any) -> str:
-        for kind, refs, olds, news in zip(("output", "gradient"), reference, old, new, strict=True):
+    def rounding(self, reference: Any, moved: Any, old: Any, new: Any) -> str:
+        for kind, refs, others, olds, news in zip(
+            ("output", "gradient"), reference, moved, old, new, strict=True
+        ):
             if len(olds) != len(news):
                 return f"the original has {len(olds)} {kind}s and the replacement {len(news)}"
-            for i, (ref, o, n) in enumerate(zip(refs, olds, news, strict=True)):
+            for i, (ref, other, o, n) in enumerate(zip(refs, others, olds, news, strict=True)):
                 why = _same_kind(o, n)
                 if why:
                     return f"{kind} {i} {why}"
                 if not isinstance(ref, Tensor):
                     continue
-                share = share_of_tolerance(ref, o, n, exact=self.numerics == "bitwise")
+                share = share_of_tolerance(ref, o, n, other, exact=self.numerics == "bitwise")
                 if kind == "output":
                     self.error = max(self.error, share)
                 else:
@@ -256,15 +259,22 @@ class _Trial:
         return ""
 
 
-def share_of_tolerance(ref: Tensor, old: Tensor, new: Tensor, *, exact: bool = False) -> float:
-    """Distance of `new` from `ref` as a share of what the original's own rounding allows."""
-    if exact or not new.dtype.is_floating_point and not new.dtype.is_complex:
+def share_of_tolerance(
+    ref: Tensor, old: Tensor, new: Tensor, moved: Tensor | None = None, *, exact: bool = False
+) -> float:
+    """Distance of `new` from `ref` as a share of what rounding allows.
+
+    ref     the original in float64; old, new: the original and the replacement in their own dtype
+    moved   the original in float64 on inputs changed by 2**-30, where that was run
+    """
+    if exact or not (new.dtype.is_floating_point or new.dtype.is_complex):
         return 0.0 if torch.equal(_nan_free(old), _nan_free(new)) else math.inf
     if (torch.isfinite(ref) & torch.isfinite(old) & ~torch.isfinite(new)).any():
         return math.inf
-    ref = torch.nan_to_num(ref, posinf=0.0, neginf=0.0) if not torch.isfinite(ref).all() else ref
     eps = torch.finfo(new.dtype).eps
-    allowed = 2 * _distance(ref, old) + 2 * eps * float(ref.abs().max() if ref.numel() else 0)
+    largest = float(torch.nan_to_num(ref, posinf=0.0, neginf=0.0).abs().max()) if ref.numel() else 0.0
+    condition = 0.0 if moved is None else _distance(ref, moved) / _PERTURBATION
+    allowed = 2 * (_distance(ref, old) + eps * condition) + 2 * eps * largest
     found = _distance(ref, new)
     return found / allowed if allowed else (0.0 if found == 0 else math.inf)
 
@@ -335,7 +345,7 @@ def materialise(val: Any, sizes: dict[str, int], generator: torch.Generator, per
     is valid everywhere). With `permuted`, tensors of two or more dimensions are laid out column-major.
     """
     if isinstance(val, (torch.SymInt, SizeSpec)):
-        return int(expr(val).subs(sizes))
+        return number(val, sizes)
     if isinstance(val, (list, tuple)):
         return type(val)(materialise(v, sizes, generator, permuted) for v in val)
     if not is_tensor(val):
@@ -376,7 +386,7 @@ def _weights(output: Tensor) -> Tensor:
     return weights.to(output.dtype)
 
 
-def _perturb(value: Any) -> Any:
+def perturbed(value: Any) -> Any:
     if isinstance(value, Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex):
         generator = torch.Generator().manual_seed(1)
         signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
@@ -404,7 +414,7 @@ def _symbols(val: Any) -> set[sympy.Symbol]:
 
 
 def _sizes(dims: Iterable[Any], sizes: dict[str, int]) -> list[int]:
-    return [d if isinstance(d, int) else int(expr(d).subs(sizes)) for d in dims]
+    return [number(d, sizes) for d in dims]
 
 
 def _text(sizes: dict[str, int]) -> str:

@@ -35,10 +35,21 @@ def text(program: Program) -> str:
     return "\n".join(bare)
 
 
-def inputs_of(shapes, *, grow: int = 0) -> list[Tensor]:
-    """Inputs of these shapes, with the sizes that the models leave free made larger by `grow`."""
+def inputs_of(shapes) -> list[Tensor]:
     generator = torch.Generator().manual_seed(len(shapes))
-    return [torch.randn([s + grow * (s in (2, 5)) for s in shape], generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def larger(program: Program, inputs: list[Tensor], grow: int) -> list[Tensor]:
+    """Inputs whose free sizes are larger by `grow`, each by one more than the last."""
+    sizes = {s: n + grow + i for i, (s, n) in enumerate(program.hints.items())}
+    names = [n for n in program.inputs if n is not None]
+    shapes = [[_at(s, sizes) for s in program.placeholder(n).meta["val"].shape] for n in names]
+    generator = torch.Generator().manual_seed(grow)
+    return [
+        torch.randn(shape, generator=generator).to(x.dtype) if x.is_floating_point() else x.new_zeros(shape)
+        for shape, x in zip(shapes, inputs, strict=True)
+    ]
 
 
 def results(program: Program, state: dict[str, Tensor], leaves: list[Tensor], *, double: bool = True):
@@ -54,7 +65,7 @@ def results(program: Program, state: dict[str, Tensor], leaves: list[Tensor], *,
     return outputs, list(gradients)
 
 
-def check(module: nn.Module, inputs: list[Tensor], *, others: list[list[Tensor]] = (), tolerance: float = 1e-6) -> Program:
+def check(module: nn.Module, inputs: list[Tensor], *, grow: tuple[int, ...] = (1, 3), tolerance: float = 1e-6) -> Program:
     """Canonicalize a captured call; values, gradients, dtypes, shapes and idempotence must hold."""
     before = capture(module, tuple(inputs), {})
     after = before.copy()
@@ -65,7 +76,7 @@ def check(module: nn.Module, inputs: list[Tensor], *, others: list[list[Tensor]]
     first = listing(after, ends=True)
     assert canonicalize(after) == [], "a second run finds something to do"
     assert listing(after, ends=True) == first
-    for leaves in [inputs, *others]:
+    for leaves in [inputs, *(larger(before, inputs, g) for g in grow)]:
         _agree(before, after, module, leaves, tolerance)
     _metadata(before, after, module, inputs)
     return after
@@ -128,9 +139,7 @@ FORMS: dict[str, str] = {}
 
 def canonical(idiom: Idiom, function: Function) -> Program:
     torch.manual_seed(0)
-    inputs = inputs_of(idiom.inputs)
-    larger = [inputs_of(idiom.inputs, grow=g) for g in (1, 3)]
-    return check(Written(function, idiom.state), inputs, others=larger)
+    return check(Written(function, idiom.state), inputs_of(idiom.inputs))
 
 
 def form(idiom: Idiom) -> str:

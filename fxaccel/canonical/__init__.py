@@ -27,8 +27,18 @@ def canonicalize(program: Program) -> list[str]:
     if schedule(program):
         e.counts["schedule"] += 1
     rename(program)
+    drop_constants(program)
     program.changed()
     return [f"{name} x {n}" for name, n in e.counts.items() if n]
+
+
+def drop_constants(program: Program) -> None:
+    """Erase constants that nothing reads any more."""
+    for node in list(program.graph.nodes):
+        slot = program.state.get(node.name) if node.op == "placeholder" else None
+        if slot is not None and slot.kind == "constant" and not node.users:
+            del program.state[node.name], program.constants[slot.name]
+            program.graph.erase_node(node)
 
 
 def _round(e: Editor) -> bool:

@@ -200,26 +200,8 @@ def idle_detach(e: Editor, node: fx.Node) -> fx.Node | None:
     grad = e.program.grad
     for region in node.meta.get("regions", ()):
         grad = region.args[0] if region.kind == "grad" else grad
-    free = not (dtype(x).is_floating_point or dtype(x).is_complex) or _grad_free(e, x)
+    free = not (dtype(x).is_floating_point or dtype(x).is_complex) or e.grad_free(x)
     return e.forward(node, x) if free or not grad else None
-
-
-def _grad_free(e: Editor, node: fx.Node, limit: int = 200) -> bool:
-    """Whether the value is computed from integers, buffers and constants alone."""
-    seen, pending = {node}, [node]
-    while pending:
-        n = pending.pop()
-        val = n.meta.get("val")
-        if isinstance(val, torch.Tensor) and not val.dtype.is_floating_point and not val.dtype.is_complex:
-            continue
-        slot = e.program.state.get(n.name) if n.op == "placeholder" else None
-        if n.op == "placeholder" and (slot is None or slot.kind == "parameter"):
-            return False
-        pending += [i for i in n.all_input_nodes if i not in seen]
-        seen.update(n.all_input_nodes)
-        if len(seen) > limit:
-            return False
-    return True
 
 
 # Readers that give the same result, in the same layout, however their operand is laid out.

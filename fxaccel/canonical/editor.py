@@ -178,6 +178,23 @@ class Editor:
                 self._from_state[n] = all(self._from_state[i] for i in inputs)
         return self._from_state[node]
 
+    def grad_free(self, node: fx.Node, limit: int = 200) -> bool:
+        """Whether the value is computed from integers, buffers and constants alone."""
+        seen, pending = {node}, [node]
+        while pending:
+            n = pending.pop()
+            val = n.meta.get("val")
+            if isinstance(val, Tensor) and not val.dtype.is_floating_point and not val.dtype.is_complex:
+                continue
+            slot = self.program.state.get(n.name) if n.op == "placeholder" else None
+            if n.op == "placeholder" and (slot is None or slot.kind == "parameter"):
+                return False
+            pending += [i for i in n.all_input_nodes if i not in seen]
+            seen.update(n.all_input_nodes)
+            if len(seen) > limit:
+                return False
+        return True
+
     def number(self, arg: Any) -> float | int | None:
         """The number that an argument is, or that a constant 0-d tensor holds."""
         if isinstance(arg, (int, float)) and not isinstance(arg, bool):

@@ -28,8 +28,12 @@ def functionalise(e: Editor) -> int:
         if not isinstance(base, fx.Node):
             continue
         group = members[e.storage.root(base)]
-        if _free(node, base, group) and _replace(e, node, base):
-            changed += 1
+        if _free(node, base, group):
+            new = _replace(e, node, base)
+            if new is not None:
+                e.storage.unite(new, base)
+                group.append(new)
+                changed += 1
     return changed
 
 
@@ -69,7 +73,7 @@ def _free(node: fx.Node, base: fx.Node, group: list[fx.Node]) -> bool:
     return base.op != "placeholder"
 
 
-def _replace(e: Editor, node: fx.Node, base: fx.Node) -> bool:
+def _replace(e: Editor, node: fx.Node, base: fx.Node) -> fx.Node | None:
     """Put the out-of-place form in, and let later readers of `base` read it."""
     target = functional(node.target)
     with e.graph.inserting_before(node):
@@ -78,10 +82,10 @@ def _replace(e: Editor, node: fx.Node, base: fx.Node) -> bool:
     alike = isinstance(result, Tensor) and e.shape_of(result) == e.shape_of(same)
     if not alike or result.dtype != same.dtype or not same_strides(result, same):
         e.graph.erase_node(new)
-        return False
+        return None
     for user in list(base.users):
         if node < user:
             user.replace_input_with(base, new)
     node.replace_all_uses_with(new)
     e.graph.erase_node(node)
-    return True
+    return new

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor, aten, is_dense, is_tensor, on, rank
+from fxaccel.canonical.shape import common_suffix
 
 # Elementwise operators of one tensor (and numbers): a reshape before them is written after them.
 ELEMENTWISE = {
@@ -36,7 +37,8 @@ def reshape_after(e: Editor, node: fx.Node) -> fx.Node | None:
         movable = kept and (node.target is aten.linear.default or args[0] in (rank(flat) - 1, [*flat.meta["val"].shape[-1:]]))
     else:
         others = [a for a in args if isinstance(a, fx.Node)]
-        movable = len(flat.users) == 1 and all(kept and is_tensor(o) and rank(o) <= 1 for o in others)
+        same = common_suffix(e.shape(x), e.shape(flat))
+        movable = len(flat.users) == 1 and all(is_tensor(o) and rank(o) <= same for o in others)
     sizes = e.sizes(e.shape(node)) if movable else None
     if sizes is None:
         return None
@@ -106,3 +108,20 @@ def reshape_before(e: Editor, node: fx.Node) -> fx.Node | None:
         val = node.meta["val"] if link is chain[0] else None
         result = e.call(node, link.target, result, *link.args[1:], val=val, **link.kwargs)
     return result
+
+
+_REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default)
+
+
+@on(*_REDUCTIONS)
+def reduction_of_permuted(e: Editor, node: fx.Node) -> fx.Node | None:
+    """A reduction of a permuted value is one of the value, where the dimensions left are in order."""
+    x, dims, *keep = node.args
+    if not e.at(x, aten.permute.default) or any(keep) or node.kwargs or not dims:
+        return None
+    order = x.args[1]
+    gone = sorted(order[d] for d in dims)
+    left = [d for d in order if d not in gone]
+    if left != sorted(left):
+        return None
+    return e.call(node, node.target, x.args[0], gone, val=node.meta["val"])

@@ -20,7 +20,7 @@ from fxaccel.canonical.editor import (
     power_of_two,
     rank,
 )
-from fxaccel.canonical.shape import broadcast_shape
+from fxaccel.canonical.shape import broadcast_shape, narrower
 
 _VIEWS = (aten.permute.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims,
           aten.expand.default)  # fmt: skip
@@ -40,8 +40,8 @@ def product_and_sum(e: Editor, node: fx.Node) -> fx.Node | None:
     bias, a, b = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     val = node.meta["val"]
-    if dtype(bias) != val.dtype:
-        return None  # under autocast, where a written-out sum would be promoted
+    if dtype(bias) != val.dtype or (beta == 0 and not e.grad_free(bias)):
+        return None  # under autocast a written-out sum would be promoted; a gradient of 0 would be lost
     product = e.call(node, aten.matmul.default, a, b, val=None if rank(a) > val.dim() else val)
     if product.meta["val"].dtype != val.dtype:
         e.erase(product)
@@ -128,15 +128,15 @@ def batched(e: Editor, node: fx.Node) -> fx.Node | None:
 def broadcast_batch(e: Editor, node: fx.Node) -> fx.Node | None:
     """A batch dimension that was expanded for a product is left to its broadcasting."""
     for i, arg in enumerate(node.args):
-        if not e.at(arg, aten.expand.default) or rank(arg) < 3:
-            continue
-        small, other = e.shape(arg.args[0]), e.shape(node.args[1 - i])
-        if small[-2:] != e.shape(arg)[-2:] or len(other) < 3:
-            continue
-        if broadcast_shape([small[:-2], other[:-2]]) == e.shape(node)[:-2]:
-            node.update_arg(i, arg.args[0])
-            e.erase(arg)
-            return node
+        other = e.shape(node.args[1 - i])
+        for x in narrower(e, arg) if rank(arg) > 2 and len(other) > 2 else ():
+            small = e.shape(x)
+            if len(small) < 2 or small[-2:] != e.shape(arg)[-2:]:
+                continue
+            if broadcast_shape([small[:-2], other[:-2]]) == e.shape(node)[:-2]:
+                node.update_arg(i, x)
+                e.erase(arg)
+                return node
     return None
 
 
@@ -167,6 +167,7 @@ def operand_scale(e: Editor, node: fx.Node) -> fx.Node | None:
         number, x = scale
         if not math.isfinite(number) or (dtype(node) is torch.float16 and abs(number) < 1):
             continue
+        number = _rounded(number)
         e.storage.unite(operand, x)  # type: ignore[arg-type]
         e.replace(operand, x)  # type: ignore[arg-type]
         val = node.meta["val"]
@@ -189,15 +190,21 @@ def scale(e: Editor, node: fx.Node) -> fx.Node | None:
     if found is None:
         return None
     number, x = found
-    inner = scale_of(e, x) if len(x.users) == 1 else None
-    exact = power_of_two(node.args[1])
-    if not math.isfinite(number) or number == 0 or not (exact or is_product(e, x)):
+    inner = scale_of(e, x) if len(x.users) == 1 and x.target is aten.mul.Tensor else None
+    product = is_product(e, x)
+    if not math.isfinite(number) or number == 0 or not (power_of_two(node.args[1]) or product):
         return None
-    if inner is not None and x.target is aten.mul.Tensor and math.isfinite(inner[0] * number):
-        return e.call(node, aten.mul.Tensor, inner[1], inner[0] * number, val=node.meta["val"])
-    if node.target is aten.div.Tensor:
-        return e.call(node, aten.mul.Tensor, x, number, val=node.meta["val"])
-    return None
+    if inner is not None and math.isfinite(inner[0] * number):
+        number, x = inner[0] * number, inner[1]
+    number = _rounded(number) if product else number
+    if (node.target, node.args) == (aten.mul.Tensor, (x, number)):
+        return None
+    return e.call(node, aten.mul.Tensor, x, number, val=node.meta["val"])
+
+
+def _rounded(number: float) -> float:
+    """Scales of products keep 15 digits, so that 8 ** -0.5 and 1 / sqrt(8) are one number."""
+    return float(f"{number:.15g}")
 
 
 # -- einsum ----------------------------------------------------------------------------------------

@@ -64,6 +64,36 @@ def permutation(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(node, aten.permute.default, x, dims, val=node.meta["val"])
 
 
+@on(aten.permute.default, autocast=True)
+def permutation_before(e: Editor, node: fx.Node) -> fx.Node | None:
+    """Permuting the last dimensions, which a reshape kept, comes before the reshape."""
+    flat, dims = node.args
+    if not e.at(flat, aten.reshape.default):
+        return None
+    x = flat.args[0]
+    kept = common_suffix(e.shape(x), e.shape(flat))
+    lead = rank(flat) - kept
+    sizes = e.sizes(e.shape(node))
+    if dims[:lead] != list(range(lead)) or sizes is None:
+        return None
+    shift = rank(x) - rank(flat)
+    order = [*range(lead + shift), *(d + shift for d in dims[lead:])]
+    inner = e.call(node, aten.permute.default, x, order)
+    result = e.call(node, aten.reshape.default, inner, sizes)
+    if e.exposed(node) and not same_strides(result.meta["val"], node.meta["val"]):
+        e.erase(result)
+        return None
+    return result
+
+
+def common_suffix(a: Shape, b: Shape) -> int:
+    """How many last sizes two shapes share."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n
+
+
 # -- reshaping -------------------------------------------------------------------------------------
 
 _RESHAPES = (
@@ -179,22 +209,38 @@ _BROADCASTING = (
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.bitwise_and.Tensor,
     aten.bitwise_or.Tensor, aten.where.self, aten.eq.Tensor, aten.ne.Tensor, aten.ge.Tensor,
     aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor, aten.maximum.default, aten.minimum.default,
+    aten.where.ScalarSelf, aten.where.ScalarOther,
 )  # fmt: skip
 
 
 @on(*_BROADCASTING, autocast=True)
 def needless_expand(e: Editor, node: fx.Node) -> fx.Node | None:
-    """An `expand` whose reader would broadcast anyway is gone."""
+    """An `expand`, or sizes of 1 in front, that broadcasting makes up for are gone."""
     shape, changed = e.shape(node), False
     for i, arg in enumerate(node.args):
-        if not e.at(arg, aten.expand.default):
+        if not is_tensor(arg):
             continue
         others = [e.shape(a) for j, a in enumerate(node.args) if j != i and is_tensor(a)]
-        if broadcast_shape([*others, e.shape(arg.args[0])]) == shape:
-            node.update_arg(i, arg.args[0])
-            e.erase(arg)
-            changed = True
+        for x in narrower(e, arg):
+            if broadcast_shape([*others, e.shape(x)]) == shape:
+                node.update_arg(i, x)
+                e.erase(arg)
+                changed = True
+                break
     return node if changed else None
+
+
+def narrower(e: Editor, node: fx.Node) -> list[fx.Node]:
+    """The values, smallest first, that broadcasting makes `node` of."""
+    found: list[fx.Node] = []
+    x = node
+    while e.at(x, aten.expand.default, aten.unsqueeze.default):
+        shape, x = e.shape(node), x.args[0]
+        inner = e.shape(x)
+        lead = len(shape) - len(inner)
+        if all(s == 1 or s == t for s, t in zip(inner, shape[lead:], strict=True)):
+            found.append(x)
+    return found[::-1]
 
 
 def broadcast_shape(shapes: list[Shape]) -> Shape:

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--modes", default="eval,train")
     for flag in ("static", "strict", "no-cache", "no-labels"):
         parser.add_argument(f"--{flag}", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     quieten()
     rows: list[Row] = []
     entries = transformers_zoo.entries() + timm_zoo.entries()
