@@ -36,7 +36,7 @@ from fxaccel.emit import emit
 from fxaccel.errors import ArtifactError, CaptureError
 from fxaccel.ir import Program, Region, Replacement, SizeSpec, Slot, TensorSpec, expr, is_tensor
 from fxaccel.module import AcceleratedModule, wrap
-from fxaccel.proof import Manifest, Proof
+from fxaccel.proof import Claim, Fragment, Manifest, Proof
 from fxaccel.report import Report
 from fxaccel.session import Capture, Session, Settings
 from fxaccel.structure import Given, Kept, Opened, Structure
@@ -145,9 +145,19 @@ def _capture(one: Capture, key: Any, prefix: str, tensors: dict[str, Tensor]) ->
         "notes": program.notes,
         "report": json.loads(Report([one.report]).to_json()),
         "proofs": [
-            {**vars(p), "trials": list(p.trials), "sites": one.manifest.sites[p.key]}
+            {
+                "proof": {**vars(p), "trials": list(p.trials)}, "sites": one.manifest.sites[p.key],
+                "claim": _claim(one.manifest.claims[p.key]),
+            }
             for p in one.manifest.proofs.values()
         ],
+    }  # fmt: skip
+
+
+def _claim(claim: Claim) -> dict[str, Any]:
+    return {
+        "rule": claim.rule, "numerics": claim.numerics,
+        "before": _graph(claim.before.module), "after": _graph(claim.after.module),
     }  # fmt: skip
 
 
@@ -351,7 +361,7 @@ def _module(content: dict[str, Any], tensors: dict[str, Tensor]) -> AcceleratedM
         one.bind(fast, sum(map(len, session_captures.values())), "python")
         session_captures.setdefault(_key(data["key"], one.program), []).append(one)
     session: Session = fast.__dict__["_fxaccel"]
-    session.captures = session_captures
+    session.captures, session.loaded = session_captures, True
     session.replacements = [_load_replacement(r) for r in content["replacements"]]
     return fast
 
@@ -397,10 +407,12 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
         training=data["training"], grad=data["grad"], notes=list(data["notes"]),
     )  # fmt: skip
     manifest = Manifest()
-    for p in data["proofs"]:
-        sites = p.pop("sites")
+    for entry in data["proofs"]:
+        p, c = entry["proof"], entry["claim"]
+        before, after = Fragment(_load_graph(c["before"])), Fragment(_load_graph(c["after"]))
+        manifest.claims[p["key"]] = Claim(c["rule"], before, after, c["numerics"])
         manifest.proofs[p["key"]] = Proof(**{**p, "trials": tuple(p["trials"])})
-        manifest.sites[p["key"]] = sites
+        manifest.sites[p["key"]] = int(entry["sites"])
     report = Report.from_json(json.dumps(data["report"])).captures[0]
     return Capture(program, program, program, manifest, report, emit(program))
 

@@ -1,7 +1,9 @@
 """Run a program, or a part of one, node by node: as it is, or with every float in double precision.
 
 The double-precision run is the yardstick of every proof: the same graph, with float64 inputs and with the
-casts to lower precision that the model wrote turned into casts to float64.
+casts to lower precision that the model wrote turned into casts to float64. Under `Unsteady` the result of
+every operator in it, forward and backward, is off by a relative 2**-30: what that does to the outputs,
+scaled to the eps of another dtype, is what rounding may do there (a random running-error analysis).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxaccel.ir import Program, Region, entered
 
@@ -19,6 +22,40 @@ _WIDE = {
     torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
     torch.complex32: torch.complex128, torch.complex64: torch.complex128,
 }  # fmt: skip
+
+
+UNSTEADY = 2.0**-30
+
+
+class Unsteady(TorchDispatchMode):
+    """Inside, each element that an operator computes in float64 is off by a relative +-2**-30."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(r.alias_info for r in func._schema.returns):
+            return result  # a view, or a value that was off already
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.dtype is torch.float64 and tensor.numel():
+                signs = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor)
+                tensor.mul_(1 + UNSTEADY * (2 * signs - 1))
+        return result
+
+
+def _attention_math(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any = None, p: float = 0.0, causal: bool = False, **kwargs: Any
+) -> Tensor:
+    """Attention by its definition, where the fused kernel would hide the rounding of its steps."""
+    math = torch.ops.aten._scaled_dot_product_attention_math.default
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    return math(q, k, v, mask, p, causal, **kwargs)[0]  # type: ignore[no-any-return]
+
+
+_BY_DEFINITION = {torch.ops.aten.scaled_dot_product_attention.default: _attention_math}
 
 
 def widen(value: Any) -> Any:
@@ -47,8 +84,9 @@ def run_nodes(
                 args = tuple(widen(a) for a in args)
                 kwargs = {k: widen(v) for k, v in kwargs.items()}
                 regions = [r for r in regions if r.kind != "autocast"]
+            target: Any = _BY_DEFINITION.get(node.target, node.target) if double else node.target
             with entered(regions):
-                result = node.target(*args, **kwargs)  # type: ignore[operator]
+                result = target(*args, **kwargs)
             env[node] = widen_result(result) if double else result
 
 

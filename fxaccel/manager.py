@@ -22,7 +22,7 @@ from fxaccel.ir import (
     Program, call, eliminate_dead, expr, has_effect, is_random, path, source, target_name, written,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops, Pattern, find
-from fxaccel.proof import Manifest, Proof, fragment, prove
+from fxaccel.proof import Claim, Manifest, Proof, fragment, prove
 from fxaccel.report import CaptureReport, PassReport, Site
 from fxaccel.rule import NUMERICS, STEPS, Pass, Rule
 
@@ -203,7 +203,7 @@ class Driver:
         return call(self.program.graph, like, target, args, kwargs, by=self.one.name)
 
     def prove(
-        self, like: str, nodes: Iterable[fx.Node], new: Iterable[fx.Node],
+        self, rule: str, nodes: Iterable[fx.Node], new: Iterable[fx.Node],
         outputs: Sequence[fx.Node], replaced: Sequence[fx.Node],
     ) -> Proof:  # fmt: skip
         """Compare existing `nodes` with the `new` ones that are to take their place."""
@@ -212,9 +212,7 @@ class Driver:
         inputs = [n for n in reads if n not in old and n not in made]
         before = fragment(self.program, old, inputs, outputs)
         after = fragment(self.program, made, inputs, replaced)
-        return prove(
-            self.program, like, before, after, numerics=self.one.numerics, manifest=self.manifest
-        )
+        return prove(self.program, Claim(rule, before, after, self.one.numerics), self.manifest)
 
     # -- local rules ------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from fxaccel import manager
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import Call, ambient_autocast, capture, clone_tree
-from fxaccel.check import compare
+from fxaccel.check import Verdict, compare
 from fxaccel.discover import resolve
 from fxaccel.emit import Code, emit
 from fxaccel.errors import CaptureError, OptionError, ProofError
 from fxaccel.ir import Program, Replacement
 from fxaccel.pieces import Pieces
-from fxaccel.proof import Manifest
+from fxaccel.proof import Manifest, Proof, materialise
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
 from fxaccel.structure import Structure, deliver
@@ -85,6 +85,26 @@ class Capture:
         self.result = _unflattener(self.program.out_spec)
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What `fast.verify()` found: proofs run again, and models compared."""
+
+    proofs: list[Proof]
+    checks: list[Verdict]
+
+    @property
+    def ok(self) -> bool:
+        return all(p.ok for p in self.proofs) and all(c.ok for c in self.checks)
+
+    def __str__(self) -> str:
+        rows = [
+            f"{p.rule:<24}{p.key}  {'proved' if p.ok else 'FAILED'}  {p.why or ''}"
+            f"{'' if p.why else f'at {p.error:.2f} of the tolerance, gradients {p.grad_error:.2f}'}"
+            for p in self.proofs
+        ]
+        return "\n".join([*rows, *map(str, self.checks)]) or "no rewrite rests on a proof"
+
+
 @dataclass
 class Session:
     """What an accelerated module keeps besides its parameters: settings and captures."""
@@ -93,6 +113,7 @@ class Session:
     captures: dict[Any, list[Capture | Pieces]] = field(default_factory=dict)
     replacements: list[Replacement] = field(default_factory=list)
     dropped: int = 0
+    loaded: bool = False
     _modules: list[nn.Module] = field(default_factory=list)
     _edges: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
 
@@ -323,6 +344,33 @@ class Session:
         if isinstance(one, Pieces):
             raise OptionError("the model was captured in pieces, which have no one diff", "see fast.report()")
         return Diff(one.raw if raw else one.canonical, one.program)
+
+    def verify(self, module: Any) -> Verification:
+        """Every proof of every capture again; and, where the model's code is here, the model beside it."""
+        proofs, checks = [], []
+        for one in self.all:
+            if isinstance(one, Pieces):
+                checks.append(Verdict(False, why="a model captured in pieces is checked at capture only"))
+                continue
+            with torch.random.fork_rng():
+                proofs += one.manifest.again(one.program)
+                if not self.loaded and one.program.grad == torch.is_grad_enabled():
+                    checks.append(self.recheck(one, module))
+        return Verification(proofs, checks)
+
+    def recheck(self, one: Capture, module: Any) -> Verdict:
+        """Compare with the model on random inputs of the captured kind."""
+        generator = torch.Generator().manual_seed(0)
+        leaves = [
+            one.program.baked[i]
+            if name is None
+            else materialise(one.program.placeholder(name).meta["val"], one.program.hints, generator)
+            for i, name in enumerate(one.program.inputs)
+        ]
+        args, kwargs = one.program.in_spec.unflatten(leaves)
+        tree = self.restored(module)
+        tree.train(one.program.training)
+        return compare(one, tree, module, Call(args, kwargs))
 
     def rebound(self, module: nn.Module) -> Session:
         """The same captures over the tables of another module of equal structure."""

@@ -58,13 +58,15 @@ def _head(pid, H, G):
 
 
 @triton.jit
-def _tile(ptr, top, stride, N, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
+def _tile(ptr, top, stride, N, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
     """Rows top, top + 1, ... of a matrix with D columns: [ROWS, BLOCK_D] in DOT, 0 outside.
 
     The tile's place is an int64 scalar; offsets within it fit 32 bits and half the registers.
     """
     row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    mask = (top + row < N) & (col < D)
+    mask = top + row < N
+    if D < BLOCK_D:
+        mask = mask & (col < D)
     return tl.load(ptr + tl.cast(top, tl.int64) * stride + (row * stride + col), mask, other=0.0).to(DOT)
 
 
@@ -100,7 +102,7 @@ def _scores(
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, top, left, right, S, T, D, E, scale,
+    acc, total, peak, q, top, left, right, S, T, D: tl.constexpr, E: tl.constexpr, scale,
     k_ptr, k_t, v_ptr, v_t, bias_ptr, bias_m, bias_n,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -129,7 +131,7 @@ def _attend(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, out_b, out_h, out_s,
-    H, G, S, T, D, E, scale,
+    H, G, S, T, D: tl.constexpr, E: tl.constexpr, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +174,7 @@ def forward_kernel(
 
 @triton.jit
 def delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, out_b, out_h, out_s, dout_b, dout_h, dout_s, H, S, E,
+    out_ptr, dout_ptr, delta_ptr, out_b, out_h, out_s, dout_b, dout_h, dout_s, H, S, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(out * dout) over the columns: what the softmax's gradient subtracts."""
@@ -208,7 +210,7 @@ def _row_values(lse_ptr, delta_ptr, row, S):
 
 @triton.jit
 def _queries_into_keys(
-    dk, dv, k, v, edge, left, right, S, T, D, E, scale, q_ptr, q_s, dout_ptr, dout_s, lse_ptr, delta_ptr,
+    dk, dv, k, v, edge, left, right, S, T, D: tl.constexpr, E: tl.constexpr, scale, q_ptr, q_s, dout_ptr, dout_s, lse_ptr, delta_ptr,
     bias_ptr, bias_m, bias_n,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -234,7 +236,7 @@ def _queries_into_keys(
 def key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, dout_b, dout_h, dout_s,
-    H, G, S, T, D, E, scale,
+    H, G, S, T, D: tl.constexpr, E: tl.constexpr, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +280,7 @@ def key_gradient_kernel(
 
 @triton.jit
 def _keys_into_queries(
-    dq, q, dout, lse, delta, top, left, right, S, T, D, E, scale, k_ptr, k_t, v_ptr, v_t,
+    dq, q, dout, lse, delta, top, left, right, S, T, D: tl.constexpr, E: tl.constexpr, scale, k_ptr, k_t, v_ptr, v_t,
     bias_ptr, bias_m, bias_n,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -300,7 +302,7 @@ def _keys_into_queries(
 def query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, dout_b, dout_h, dout_s,
-    H, G, S, T, D, E, scale,
+    H, G, S, T, D: tl.constexpr, E: tl.constexpr, scale,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -340,7 +342,7 @@ def query_gradient_kernel(
 def bias_gradient_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
     q_b, q_h, q_s, k_b, k_g, k_t, v_b, v_g, v_t, bias_b, bias_h, bias_m, bias_n, dout_b, dout_h, dout_s,
-    H, G, S, T, D, E, scale, BATCHES, HEADS, ALL_B, ALL_H,
+    H, G, S, T, D: tl.constexpr, E: tl.constexpr, scale, BATCHES, HEADS, ALL_B, ALL_H,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip

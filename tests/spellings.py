@@ -455,11 +455,17 @@ grouped.other += [
     lambda m, q, k: q @ k[:, None].expand(-1, 2, -1, -1, -1).flatten(1, 2).mT,
 ]
 
+
+
+def _slice(y: Tensor, i: int) -> Tensor:
+    return y[..., i * E : (i + 1) * E]
+
+
 packed = idiom("packed projections, heads split and merged", "linear split reshape permute", w=(3 * E, E))
 packed.same += [
     lambda m, x: [t.view(*x.shape[:2], H, D).transpose(1, 2) for t in F.linear(x, m.w).split(E, -1)],
     lambda m, x: [t.unflatten(-1, (H, D)).movedim(2, 1) for t in F.linear(x, m.w).chunk(3, dim=2)],
-    lambda m, x: [(x @ m.w.t())[..., i : i + E].reshape(*x.shape[:2], H, D).permute(0, 2, 1, 3) for i in (0, E, 2 * E)],
+    lambda m, x: [_slice(y, i).reshape(*x.shape[:2], H, D).permute(0, 2, 1, 3) for y in [x @ m.w.t()] for i in range(3)],
 ]
 packed.other += [
     lambda m, x: [t.view(*x.shape[:2], D, H).permute(0, 3, 1, 2) for t in F.linear(x, m.w).split(E, -1)],
@@ -471,25 +477,25 @@ stacked = idiom("packed projections, stacked", "linear reshape permute unbind", 
 stacked.same += [
     lambda m, x: list(F.linear(x, m.w).view(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)),
     lambda m, x: [(y := F.linear(x, m.w).reshape(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4))[0], y[1], y[2]],
-    lambda m, x: [(y := F.linear(x, m.w).unflatten(-1, (3, H, D)).transpose(1, 3).movedim(2, 0)[i]) for i in range(3)],
+    lambda m, x: [y[i] for y in [F.linear(x, m.w).unflatten(-1, (3, H, D)).movedim((2, 3), (0, 2))] for i in range(3)],
 ]
 stacked.other += [
     lambda m, x: list(F.linear(x, m.w).view(*x.shape[:2], H, 3, D).permute(3, 0, 2, 1, 4).unbind(0)),
 ]
 
-views = idiom("views", "permute reshape", (B, S, 6))
+views = idiom("views", "mul permute reshape", (B, S, 6), w=(6,))
 views.same += [
-    lambda m, x: x.transpose(0, 1).reshape(-1, 6),
-    lambda m, x: x.permute(1, 0, 2).contiguous().view(x.shape[0] * x.shape[1], 6),
-    lambda m, x: x.permute(2, 1, 0).permute(1, 2, 0).flatten(0, 1),
-    lambda m, x: x.swapdims(0, 1).unsqueeze(0).reshape(-1, 6),
-    lambda m, x: x.transpose(0, 1).clone().reshape(1, -1, 3, 2).flatten(2).squeeze(0),
-    lambda m, x: torch.einsum("bse->sbe", x)[..., :].reshape(-1, 2, 3).reshape(-1, x.shape[2]),
+    lambda m, x: (x * m.w).transpose(0, 1).reshape(-1, 6),
+    lambda m, x: (x * m.w).permute(1, 0, 2).contiguous().view(x.shape[0] * x.shape[1], 6),
+    lambda m, x: (x * m.w).permute(2, 1, 0).permute(1, 2, 0).flatten(0, 1),
+    lambda m, x: (x * m.w).swapdims(0, 1).unsqueeze(0).reshape(-1, 6),
+    lambda m, x: (x * m.w).transpose(0, 1).clone().reshape(1, -1, 3, 2).flatten(2).squeeze(0),
+    lambda m, x: torch.einsum("bse->sbe", x * m.w)[..., :].reshape(-1, 2, 3).reshape(-1, x.shape[2]),
 ]
 views.other += [
-    lambda m, x: x.reshape(-1, 6),
-    lambda m, x: x.transpose(0, 1).reshape(-1, 3),
-    lambda m, x: x.transpose(1, 2).reshape(-1, 6),
+    lambda m, x: (x * m.w).reshape(-1, 6),
+    lambda m, x: (x * m.w).transpose(0, 1).reshape(-1, 3),
+    lambda m, x: (x * m.w).transpose(1, 2).reshape(-1, 6),
 ]
 
 rotary = idiom("rotary", "split neg cat mul mul add", (B, H, S, 8), (S, 8), (S, 8))

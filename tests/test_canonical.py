@@ -122,7 +122,7 @@ def _metadata(before: Program, after: Program, module: nn.Module, leaves: list[T
                 assert list(real.shape) == [_at(s, symbols) for s in fake.shape], node.format_node()
                 strides = [(a, _at(b, symbols)) for a, b, n in zip(real.stride(), fake.stride(), real.shape, strict=True) if n > 1]
                 assert all(a == b for a, b in strides), f"{node.format_node()}: {strides}"
-    old, new = run(before, dict(state), list(leaves)), run(after, dict(state), list(leaves))
+    old, new = run(before, state_of(before, module), list(leaves)), run(after, state_of(after, module), list(leaves))
     for a, b in zip(old, new, strict=True):
         assert (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
 

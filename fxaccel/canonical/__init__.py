@@ -9,7 +9,8 @@ from fxaccel.canonical import arguments, arithmetic, idiom, motion, parts, produ
 from fxaccel.canonical.arguments import normal_arguments
 from fxaccel.canonical.editor import BY, ORDER, STEPS, UNDER_AUTOCAST, Editor, aten, under_autocast
 from fxaccel.canonical.effects import functionalise
-from fxaccel.canonical.order import merge_equal, rename, schedule, sort_operands
+from fxaccel.canonical.order import lay_out, merge_equal, rename, schedule, sort_operands
+from fxaccel.canonical.product import round_scales
 from fxaccel.errors import RuleError
 from fxaccel.ir import Program
 
@@ -24,6 +25,7 @@ def canonicalize(program: Program) -> list[str]:
             break
     else:
         raise RuleError(f"the canonical form was not reached in {_ROUNDS} rounds: {dict(e.counts)}")
+    lay_out(e)
     if schedule(program):
         e.counts["schedule"] += 1
     rename(program)
@@ -52,6 +54,7 @@ def _round(e: Editor) -> bool:
         if not node._erased and node.op == "call_function":
             _settle(e, node)
     if e.counts.total() == before:
+        e.counts["round_scales"] += round_scales(e)
         e.counts["sort_operands"] += sort_operands(e)
     e.counts["eliminate_dead"] += ir.eliminate_dead(e.graph)
     e.refresh()
@@ -87,5 +90,5 @@ def _settle(e: Editor, node: fx.Node) -> None:
 
 def steps() -> list[tuple[str, str]]:
     """Every step of the form with its sentence, in the order in which they are tried."""
-    whole = [functionalise, normal_arguments, *ORDER, merge_equal, sort_operands, schedule]
+    whole = [functionalise, normal_arguments, *ORDER, merge_equal, round_scales, sort_operands, schedule]
     return [(s.__name__, (s.__doc__ or "").splitlines()[0]) for s in whole]

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxaccel.canonical.editor import Editor, aten, dtype, is_float, is_tensor, on, rank
+from fxaccel.canonical.editor import Editor, aten, dtype, is_dense, is_float, is_tensor, on, rank
 
 _BINARY = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
@@ -69,7 +69,7 @@ def written_out_alpha(e: Editor, node: fx.Node) -> fx.Node | None:
         return e.call(node, node.target, x, y, val=val)
     if alpha != 1:
         if node.target in (aten.rsub.Scalar, aten.rsub.Tensor):
-            x = e.call(node, aten.mul.Tensor, x, alpha, val=x.meta["val"])
+            x = e.call(node, aten.mul.Tensor, x, alpha)
         elif is_tensor(y):
             y = e.call(node, aten.mul.Tensor, y, alpha)
         else:
@@ -334,7 +334,8 @@ def filling(e: Editor, node: fx.Node) -> fx.Node | None:
     number = float(number) if is_float(x) else number
     if isinstance(number, float) and not is_float(x):
         return None
-    return e.call(node, aten.where.ScalarSelf, mask, number, x, val=node.meta["val"])
+    val = node.meta["val"] if is_dense(mask.meta["val"]) else None  # `where` is laid out like its condition
+    return e.call(node, aten.where.ScalarSelf, mask, number, x, val=val)
 
 
 @on(*_CHOICES, autocast=True)

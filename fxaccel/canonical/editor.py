@@ -121,6 +121,7 @@ class Editor:
         self.regions: tuple[ir.Region, ...] = ()
         self.done: set[fx.Node] = set()  # nodes whose arguments are known to be in normal form
         self.counts: Counter[str] = Counter()
+        self.relaid: set[fx.Node] = set()  # nodes laid out otherwise than what they took the place of
         self._shapes: dict[int, tuple[Any, Shape]] = {}
         self._numbers: dict[fx.Node, Tensor | None] = {}
         self._from_state: dict[fx.Node, bool] = {}
@@ -184,6 +185,8 @@ class Editor:
         while pending:
             n = pending.pop()
             val = n.meta.get("val")
+            if isinstance(val, (torch.SymInt, int)):
+                continue
             if isinstance(val, Tensor) and not val.dtype.is_floating_point and not val.dtype.is_complex:
                 continue
             slot = self.program.state.get(n.name) if n.op == "placeholder" else None
@@ -222,6 +225,11 @@ class Editor:
         self._numbers[node] = value
         return value
 
+    def like(self, x: fx.Node) -> Tensor | None:
+        """The value of an elementwise operator of `x` that keeps its dtype, None where that has to be tried."""
+        val = x.meta["val"]
+        return val if is_dense(val) else None
+
     # -- building ---------------------------------------------------------------------------------
 
     def call(self, like: fx.Node, target: Any, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
@@ -246,6 +254,9 @@ class Editor:
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put `new` in the place of `node` and erase what nothing reads any more."""
+        old, val = node.meta.get("val"), new.meta.get("val")
+        if isinstance(old, Tensor) and isinstance(val, Tensor) and old is not val and not same_strides(old, val):
+            self.relaid.add(new)
         node.replace_all_uses_with(new)
         self.erase(node)
 
@@ -400,9 +411,20 @@ def power_of_two(x: float | int) -> bool:
 def same_strides(a: Tensor, b: Tensor) -> bool:
     """Whether two values of one shape are laid out alike, as far as expressions tell."""
     return all(
-        expr(s) == expr(t)
+        _same(expr(s), expr(t))
         for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True)
         if expr(n) != 1
+    )
+
+
+def _same(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two strides are one; where their forms differ (`Min(6, 6*s0)`), by trying primes for sizes."""
+    if a == b:
+        return True
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    tries = ([sympy.prime(7 * k + i + 3) for i in range(len(symbols))] for k in (1, 5))
+    return bool(symbols) and all(
+        a.subs(at) == b.subs(at) for at in (dict(zip(symbols, t, strict=True)) for t in tries)
     )
 
 
@@ -413,7 +435,7 @@ def is_dense(val: Tensor) -> bool:
         n = expr(size)
         if n == 1:
             continue
-        if expr(stride) != step:
+        if not _same(expr(stride), step):
             return False
         step = step * n
     return True

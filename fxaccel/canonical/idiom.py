@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxaccel.canonical.editor import Editor, aten, close, dtype, is_dense, is_float, is_tensor, on, rank
+from fxaccel.canonical.editor import Editor, aten, close, dtype, is_float, is_tensor, on, rank
 
 _LIMIT = 8  # factors of a product that are looked at
 
@@ -48,7 +48,7 @@ def plus_number(e: Editor, node: Any) -> tuple[fx.Node, float] | None:
 def multiply(e: Editor, like: fx.Node, x: fx.Node, number: float, rest: list[fx.Node]) -> fx.Node:
     """x times what is left of a product."""
     if number != 1:
-        x = e.call(like, aten.mul.Tensor, x, number, val=x.meta["val"])
+        x = e.call(like, aten.mul.Tensor, x, number, val=e.like(x))
     for other in rest:
         x = e.call(like, aten.mul.Tensor, x, other)
     return x
@@ -87,12 +87,12 @@ def silu(e: Editor, node: fx.Node) -> fx.Node | None:
     number, found = factors(e, node)
     for gate in found:
         if e.at(gate, aten.sigmoid.default) and gate.args[0] in found:
-            result = e.call(node, aten.silu.default, gate.args[0], val=gate.meta["val"])
+            result = e.call(node, aten.silu.default, gate.args[0], val=e.like(gate.args[0]))
             return multiply(e, node, result, number, _others(found, gate, gate.args[0]))
         if e.at(gate, aten.tanh.default) and e.at(gate.args[0], aten.softplus.default):
             x, *options = gate.args[0].args
             if x in found and not options:
-                result = e.call(node, aten.mish.default, x, val=gate.meta["val"])
+                result = e.call(node, aten.mish.default, x, val=e.like(x))
                 return multiply(e, node, result, number, _others(found, gate, x))
     return None
 
@@ -114,7 +114,7 @@ def gelu(e: Editor, node: fx.Node) -> fx.Node | None:
             kind = _gelu_kind(e, inner[0], x)
             if kind is not None:
                 kwargs = {"approximate": "tanh"} if kind == "tanh" else {}
-                result = e.call(node, aten.gelu.default, x, val=x.meta["val"], **kwargs)
+                result = e.call(node, aten.gelu.default, x, val=e.like(x), **kwargs)
                 left = number * 2 * half
                 return multiply(e, node, result, 1 if close(left, 1, node) else left, _others(found, x, bell))
     return None
@@ -271,8 +271,7 @@ def written_norm(e: Editor, node: fx.Node) -> fx.Node | None:
                 args = (operand, sizes, None, inside[1])
                 if target is aten.layer_norm.default:
                     args = (operand, sizes, None, None, inside[1])  # type: ignore[assignment]
-                val = operand.meta["val"] if is_dense(operand.meta["val"]) else None
-                result = e.call(node, target, *args, val=val)
+                result = e.call(node, target, *args, val=e.like(operand))
                 return multiply(e, node, result, number, _others(found, x, inverse))
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel import ir
-from fxaccel.canonical.editor import Editor, Storage, aten
+from fxaccel.canonical.editor import Editor, Storage, aten, is_dense, same_strides
 from fxaccel.ir import Program, target_name
 
 COMMUTING = {
     aten.add.Tensor, aten.mul.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor,
     aten.bitwise_xor.Tensor, aten.eq.Tensor, aten.ne.Tensor, aten.maximum.default, aten.minimum.default,
-    operator.add, operator.mul,
 }  # fmt: skip
 
 
@@ -135,7 +133,25 @@ def sort_operands(e: Editor) -> int:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and not keys.precedes(a, b):
             node.args = (b, a)
             changed += 1
+            if not all(is_dense(n.meta["val"]) for n in (a, b) if isinstance(n.meta["val"], Tensor)):
+                e.relaid.add(node)  # where layouts differ, the first operand decides
     return changed
+
+
+def lay_out(e: Editor) -> None:
+    """Bring the strides in `meta["val"]` up to date behind the edits that changed a layout."""
+    if not e.relaid:
+        return
+    changed: set[fx.Node] = set()
+    for node in e.graph.nodes:
+        if node.op != "call_function" or not (node in e.relaid or changed.intersection(node.all_input_nodes)):
+            continue
+        if isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), Tensor):
+            val = ir.fake_result(e.graph, node, node.target, node.args, dict(node.kwargs))
+            if node in e.relaid or not same_strides(val, node.meta["val"]):
+                node.meta["val"] = val
+                changed.add(node)
+    e.relaid.clear()
 
 
 # -- nodes -----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def product_and_sum(e: Editor, node: fx.Node) -> fx.Node | None:
     if beta == 0:
         return product
     if beta != 1:
-        bias = e.call(node, aten.mul.Tensor, bias, beta, val=bias.meta["val"])
+        bias = e.call(node, aten.mul.Tensor, bias, beta, val=e.like(bias))
     return e.call(node, aten.add.Tensor, product, bias, val=val)
 
 
@@ -167,7 +167,6 @@ def operand_scale(e: Editor, node: fx.Node) -> fx.Node | None:
         number, x = scale
         if not math.isfinite(number) or (dtype(node) is torch.float16 and abs(number) < 1):
             continue
-        number = _rounded(number)
         e.storage.unite(operand, x)  # type: ignore[arg-type]
         e.replace(operand, x)  # type: ignore[arg-type]
         val = node.meta["val"]
@@ -196,15 +195,23 @@ def scale(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     if inner is not None and math.isfinite(inner[0] * number):
         number, x = inner[0] * number, inner[1]
-    number = _rounded(number) if product else number
     if (node.target, node.args) == (aten.mul.Tensor, (x, number)):
         return None
     return e.call(node, aten.mul.Tensor, x, number, val=node.meta["val"])
 
 
-def _rounded(number: float) -> float:
-    """Scales of products keep 15 digits, so that 8 ** -0.5 and 1 / sqrt(8) are one number."""
-    return float(f"{number:.15g}")
+def round_scales(e: Editor) -> int:
+    """Scales of products keep 15 digits, so that 8 ** -0.5 and 1 / sqrt(8) are one number; how many changed."""
+    changed = 0
+    for node in e.graph.nodes:
+        if node.target is not aten.mul.Tensor or not isinstance(node.args[1], float):
+            continue
+        e.regions = node.meta["regions"]
+        number = float(f"{node.args[1]:.15g}")
+        if number != node.args[1] and e.at(node) and is_product(e, node.args[0]):
+            node.update_arg(1, number)
+            changed += 1
+    return changed
 
 
 # -- einsum ----------------------------------------------------------------------------------------
