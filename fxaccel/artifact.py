@@ -36,6 +36,7 @@ from fxaccel.emit import emit
 from fxaccel.errors import ArtifactError, CaptureError
 from fxaccel.ir import Program, Region, Replacement, SizeSpec, Slot, TensorSpec, expr, is_tensor
 from fxaccel.module import AcceleratedModule, wrap
+from fxaccel.pieces import Pieces
 from fxaccel.proof import Claim, Fragment, Manifest, Proof
 from fxaccel.report import Report
 from fxaccel.session import Capture, Session, Settings
@@ -64,9 +65,11 @@ def save(module: AcceleratedModule, path: str | os.PathLike[str]) -> None:
         raise ArtifactError("nothing is captured yet, so there is nothing to save", "call the model once")
     tensors: dict[str, Tensor] = {}
     state = _state(module, tensors)
-    captures = []
+    captures: list[dict[str, Any]] = []
     for key, group in session.captures.items():
         for one in group:
+            if isinstance(one, Pieces):
+                raise ArtifactError("the model was captured in pieces, which a saved file cannot hold")
             captures.append(_capture(one, key, f"constant/{len(captures)}/", tensors))
     content = {
         "format": FORMAT,
@@ -112,7 +115,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         raw = tensors[name].reshape(-1)
-        digest.update(memoryview(raw.view(torch.uint8).numpy()) if raw.numel() else b"")
+        digest.update(raw.view(torch.uint8).numpy().data if raw.numel() else b"")
     return digest.hexdigest()
 
 
@@ -353,7 +356,7 @@ def _module(content: dict[str, Any], tensors: dict[str, Tensor]) -> AcceleratedM
     made: dict[str, Tensor] = {}
     for entry in content["state"]:
         _place(tree, entry, tensors, made)
-    session_captures: dict[Any, list[Capture]] = {}
+    session_captures: dict[Any, list[Capture | Pieces]] = {}
     settings = Settings((), (), "approximate", False, (), False, "python", len(content["captures"]) + 1)
     fast = wrap(tree, settings)
     for data in content["captures"]:

@@ -22,10 +22,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from fxaccel.errors import CaptureError
-from fxaccel.ir import Program, Region, Slot, eliminate_dead, expr
+from fxaccel.ir import Program, Region, Slot, assumed, eliminate_dead, expr
 from fxaccel.structure import Opened, Structure, flatten, objects
 
 _INNER = "model"  # attribute of the wrapper below; its prefix is taken off every name
@@ -434,7 +433,6 @@ def ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 def _read_symbols(program: Program, exported: ExportedProgram, example: Call) -> None:
     """Where each size symbol is read from, its example value, and the conditions on all of them."""
-    printer = PythonPrinter()
     guards: list[str] = []
     for i, name in enumerate(program.inputs):
         if name is None:
@@ -449,19 +447,8 @@ def _read_symbols(program: Program, exported: ExportedProgram, example: Call) ->
             guards.append(f"{bounds.lower} <= {symbol}")
             if bounds.upper.is_Integer:
                 guards.append(f"{symbol} <= {bounds.upper}")
-    for guard in _shape_guards(program):
-        if {str(s) for s in guard.free_symbols} <= set(program.sizes) and guard.free_symbols:
-            guards.append(printer.doprint(guard))
     program.guards = tuple(dict.fromkeys(guards))
-
-
-def _shape_guards(program: Program) -> list[Any]:
-    for node in program.graph.nodes:
-        for leaf in pytree.tree_leaves(node.meta.get("val")):
-            environment = getattr(getattr(leaf, "fake_mode", None), "shape_env", None)
-            if environment is not None:
-                return [g.expr for g in environment.guards]
-    return []
+    program.guards += assumed(program)
 
 
 def _drop_mode_noise(program: Program) -> None:

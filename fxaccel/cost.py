@@ -54,7 +54,7 @@ def _linear(a: dict[str, Any], out: Tensor) -> sympy.Expr:
 
 
 def _matmul(a: dict[str, Any], out: Tensor) -> sympy.Expr:
-    first = a.get("self", a.get("input"))
+    first: Any = a.get("self", a.get("input"))
     return 2 * _size(out.shape) * expr(first.shape[-1])
 
 

@@ -121,7 +121,7 @@ class _Emitter:
         inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
         last_use = _last_uses(body, output.all_input_nodes)
         lines = [f"def forward({', '.join(inputs)}):", *_indent(self.block(body, last_use, 0))]
-        lines.append(f"    return {self.argument(list(output.args[0]))}")  # type: ignore[arg-type]
+        lines.append(f"    return {self.argument(list(output.args[0]))}")
         checks = [*self.accepts(inputs), "", "", *self.fits()]
         source = "\n".join([*checks, "", "", *lines, ""])
         return Code(source, self.constants, self.tables)
@@ -236,7 +236,7 @@ class _Emitter:
         if node.op == "get_attr":
             return self.constant(str(node.target), getattr(self.program.root, str(node.target)))
         if node.target in _OPERATORS:
-            return _OPERATORS[node.target].format(*map(self.argument, node.args))  # type: ignore[index]
+            return _OPERATORS[node.target].format(*map(self.argument, node.args))
         if node.target is torch.ops.aten.sym_size.int:
             return f"{self.argument(node.args[0])}.shape[{node.args[1]}]"
         words = [self.argument(a) for a in node.args]
@@ -282,10 +282,8 @@ class _Emitter:
             val = self.program.placeholder(name).meta["val"]
             yield f"    {given}_shape = {given}.shape"
             conditions += self.tensor_conditions(name, given, val)
-            for d, size in enumerate(val.shape):
-                symbol = expr(size)
-                if str(symbol) in self.program.sizes and str(symbol) not in read:
-                    read[str(symbol)] = f"{given}_shape[{d}]"
+            at = self.program.inputs.index(name)
+            read |= {s: f"{given}_shape[{d}]" for s, (i, d) in self.program.sizes.items() if i == at}
         ranks = [c for c in conditions if c.startswith("len(")]
         yield f"    if not ({' and '.join(ranks) or 'True'}):"
         yield "        return False"
@@ -322,7 +320,7 @@ def _direct(node: fx.Node) -> Any:
     if getattr(target, "namespace", "") != "fxaccel" or getattr(first, "device", None) != torch.device("cpu"):
         return None
     try:
-        module = importlib.import_module(f"fxaccel.kernels.{target._opname}")  # type: ignore[union-attr]
+        module = importlib.import_module(f"fxaccel.kernels.{target._opname}")
     except ModuleNotFoundError:
         return None
     return getattr(module, "direct", None)

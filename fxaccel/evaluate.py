@@ -31,7 +31,7 @@ class Unsteady(TorchDispatchMode):
     """Inside, each element that an operator computes in float64 is off by a relative +-2**-30."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.generator = torch.Generator().manual_seed(1)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +52,7 @@ def _attention_math(
     math = torch.ops.aten._scaled_dot_product_attention_math.default
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    return math(q, k, v, mask, p, causal, **kwargs)[0]  # type: ignore[no-any-return]
+    return math(q, k, v, mask, p, causal, **kwargs)[0]
 
 
 _BY_DEFINITION = {torch.ops.aten.scaled_dot_product_attention.default: _attention_math}
@@ -105,7 +105,7 @@ def run(
     """
     given = {n: leaves[i] for i, n in enumerate(program.inputs) if n is not None}
     env: dict[fx.Node, Any] = {}
-    body = []
+    body: list[fx.Node] = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
             env[node] = state[node.name] if node.name in program.state else given[node.name]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from fxaccel.structure import Structure
 
@@ -275,6 +276,24 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
             if isinstance(leaf, FakeTensor):
                 return leaf.fake_mode
     return None
+
+
+def assumed(program: Program) -> tuple[str, ...]:
+    """Conditions on the sizes that someone has relied on and that are not among the guards yet.
+
+    `if x.shape[0] > 4` and `int(x.shape[0])` on a fake value note such a condition, whoever asks.
+    """
+    mode = fake_mode(program.graph)
+    environment = None if mode is None else mode.shape_env
+    if environment is None:
+        return ()
+    printer, known = PythonPrinter(), set(program.guards)
+    texts = [
+        printer.doprint(g.expr)
+        for g in environment.guards
+        if g.expr.free_symbols and {str(s) for s in g.expr.free_symbols} <= set(program.sizes)
+    ]
+    return tuple(dict.fromkeys(t for t in texts if t not in known))
 
 
 # -- nodes -----------------------------------------------------------------------------------------

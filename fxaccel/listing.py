@@ -18,7 +18,7 @@ from torch import fx
 
 from fxaccel.ir import Program, SizeSpec, expr, is_call, is_tensor, path, source, target_name
 
-_DTYPES = {
+_DTYPES: dict[Any, str] = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
     torch.bool: "b8", torch.complex64: "c64", torch.complex128: "c128",
@@ -82,7 +82,7 @@ class Namer:
         if isinstance(arg, (list, tuple)):
             return f"[{', '.join(self.argument(a) for a in arg)}]"
         if isinstance(arg, (torch.dtype, torch.memory_format, torch.layout)):
-            return _DTYPES.get(arg, str(arg).removeprefix("torch."))  # type: ignore[call-overload]
+            return _DTYPES.get(arg, str(arg).removeprefix("torch."))
         return repr(arg)
 
 

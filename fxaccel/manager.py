@@ -19,7 +19,7 @@ from torch import fx
 
 from fxaccel.errors import FxaccelError, OptionError, ProofError, RuleError
 from fxaccel.ir import (
-    Program, call, eliminate_dead, expr, has_effect, is_random, path, source, target_name, written,
+    Program, assumed, call, eliminate_dead, expr, has_effect, is_random, path, source, target_name, written,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops, Pattern, find
 from fxaccel.proof import Claim, Manifest, Proof, fragment, prove
@@ -101,6 +101,7 @@ def run(
 ) -> Run:
     """Run `passes` (already ordered) over a canonical program."""
     result = Run(program, CaptureReport(mode(program.training, program.grad)))
+    program.guards += assumed(program)
     for one in passes:
         record = PassReport(one.name)
         result.report.passes.append(record)
@@ -110,9 +111,18 @@ def run(
             record.error = why
         else:
             result.program = _transaction(one, result.program, record, result.manifest, strict)
+            _absorb(one, result.program)
         record.seconds = time.perf_counter() - started
     result.report.notes += result.program.notes
     return result
+
+
+def _absorb(one: Pass, program: Program) -> None:
+    """Restrict the capture to the sizes that the pass has relied on (it asked a symbolic size for its value)."""
+    added = assumed(program)
+    if added:
+        program.guards += added
+        program.notes.append(f"{one.name} decided on sizes: this capture serves {' and '.join(added)} only")
 
 
 def mode(training: bool, grad: bool) -> str:
@@ -121,7 +131,7 @@ def mode(training: bool, grad: bool) -> str:
 
 
 def _unfit(one: Pass, program: Program, allow: str) -> str:
-    if NUMERICS.index(one.numerics) > NUMERICS.index(allow):  # type: ignore[arg-type]
+    if NUMERICS.index(one.numerics) > NUMERICS.index(allow):
         return f"it is of class {one.numerics!r} and allow={allow!r}; pass allow={one.numerics!r} to use it"
     use = "training" if program.grad else "inference"
     if use not in one.serves:
@@ -154,9 +164,9 @@ def _check(before: Program, after: Program, one: Pass) -> None:
     """The invariants of a graph that every pass must keep."""
     after.graph.lint()
     old, new = before.graph.output_node().args[0], after.graph.output_node().args[0]
-    if len(old) != len(new):  # type: ignore[arg-type]
-        raise RuleError(f"{one.name} left {len(new)} outputs of {len(old)}")  # type: ignore[arg-type]
-    for i, (a, b) in enumerate(zip(old, new, strict=True)):  # type: ignore[arg-type]
+    if len(old) != len(new):
+        raise RuleError(f"{one.name} left {len(new)} outputs of {len(old)}")
+    for i, (a, b) in enumerate(zip(old, new, strict=True)):
         _same_type(a, b, f"output {i}", one.name)
     if before.inputs != after.inputs or [n for n in before.inputs if n] != [
         n.name for n in after.graph.find_nodes(op="placeholder") if n.name not in after.state
@@ -343,6 +353,7 @@ class _Local:
         for old, new in zip(m.outputs, outputs, strict=True):
             if new in made and old._erased:
                 new.name = old.name
+                new.meta.update(path=path(old), source=source(old))
         self.program.changed()
 
 

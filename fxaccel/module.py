@@ -104,10 +104,10 @@ def wrap(tree: nn.Module, settings: Settings) -> AcceleratedModule:
     made = type(f"Accelerated{cls.__name__}", (AcceleratedModule, cls), {
         "forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_original_class": cls,
     })  # fmt: skip
-    fast = made.__new__(made)
+    fast: Any = made.__new__(made)  # type: ignore[call-overload]
     fast.__dict__.update(tree.__dict__)
     fast.__dict__[_KEY] = Session(settings)
-    return fast  # type: ignore[no-any-return]
+    return fast
 
 
 def _forward(self: AcceleratedModule, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +149,7 @@ class AcceleratedModule(nn.Module):
     # -- a module like the original ---------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.__dict__[_KEY].forget()
         return result
 

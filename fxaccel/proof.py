@@ -50,7 +50,7 @@ class Fragment:
 
     @property
     def outputs(self) -> list[fx.Node]:
-        return list(self.module.graph.output_node().args[0])  # type: ignore[arg-type]
+        return list(self.module.graph.output_node().args[0])
 
     def __call__(self, values: Sequence[Any], *, double: bool = False) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))

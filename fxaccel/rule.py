@@ -94,11 +94,15 @@ class Rules(Pass):
 
     def apply(self, program: Program, plan: Any, driver: Any) -> None:
         """Rewrite every site of every rule."""
-        driver.rewrite([r() for r in self.rules] or [self])
+        driver.rewrite([r() for r in self.rules])
 
 
 class Rule(Rules):
     """A local rewrite: `pattern` becomes `rewrite` unless `refuse` yields a sentence."""
+
+    def apply(self, program: Program, plan: Any, driver: Any) -> None:
+        """Rewrite every site of this rule."""
+        driver.rewrite([self])
 
     def pattern(self, op: Ops, *values: Any) -> Any:
         """The code this replaces; returns, root first, every value that others may read."""
@@ -120,10 +124,10 @@ class Rule(Rules):
 # -- the registry ----------------------------------------------------------------------------------
 
 _registry: dict[str, type[Pass]] = {}
-P = TypeVar("P", bound=type[Pass])
+P = TypeVar("P", bound=Pass)
 
 
-def register(cls: P) -> P:
+def register(cls: type[P]) -> type[P]:
     """Class decorator: make a pass known by its name, with its annotated fields as options."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cls.name):
         raise RuleError(f"{cls.__name__}.name is {cls.name!r}, expected words joined by hyphens")

@@ -40,7 +40,7 @@ class Given:
 class Opened:
     """An object whose attributes are flattened in its place."""
 
-    cls: type
+    cls: Any
     attributes: Structure
 
 

@@ -72,9 +72,7 @@ def compose_rms(
     return y.to(x.dtype), rstd
 
 
-def compose_layer(
-    x: Tensor, w: Tensor | None, b: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def compose_layer(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd as [..., 1]; float weights make PyTorch keep both in float."""
     f = statistics(x.dtype)
     if w is None and f != x.dtype:

@@ -130,6 +130,5 @@ def unlike(name: str, x: Tensor, other_name: str, other: Tensor) -> Iterator[str
     sizes = list(zip(x.shape, other.shape, strict=False))
     if x.ndim != other.ndim or any(differ(a, b) for a, b in sizes):
         yield (
-            f"{name} is {list(x.shape)} and {other_name} {list(other.shape)}; "
-            "the kernel does not broadcast"
+            f"{name} is {list(x.shape)} and {other_name} {list(other.shape)}; the kernel does not broadcast"
         )

@@ -17,9 +17,7 @@ from torch import Tensor
 from fxaccel.kernels import _norm, _operator, _rows, layer_norm
 
 
-def reference(
-    x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The meaning of this op: what every test compares with."""
     h = x + r
     return layer_norm.reference(h, w, b, eps), h
@@ -32,24 +30,18 @@ def unsupported(
     yield from _norm.unsupported(x, r, w=w, b=b)
 
 
-def launch(
-    x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def launch(x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Run the Triton kernel. No checks: the caller has asked `unsupported`."""
     return _rows.launch_forward(x, r, w, b, eps, centred=True)[:2]
 
 
-def compose(
-    x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def compose(x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The CPU kernel."""
     h = torch.add(x, r).contiguous()
     return _norm.compose_layer(h, w, b, eps)[0], h
 
 
-def _fake(
-    x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, torch.empty_like(y)
 

@@ -28,9 +28,7 @@ MAX_D = 256
 aten = torch.ops.aten
 
 
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """The meaning of this op: what every test compares with."""
     f = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(f) for x in (k, v))
@@ -96,9 +94,7 @@ def _unsupported_bias(q: Tensor, k: Tensor, bias: Tensor) -> Iterator[str]:
         yield f"the bias is {bias.dtype}; the kernel takes bool, float32 or {q.dtype}"
     scores = (*q.shape[:3], k.shape[2])
     pairs = zip(reversed(bias.shape), reversed(scores), strict=False)
-    known = all(
-        not _operator.differ(a, b) or (isinstance(a, int) and a == 1) for a, b in pairs
-    )
+    known = all(not _operator.differ(a, b) or (isinstance(a, int) and a == 1) for a, b in pairs)
     if bias.ndim > 4 or not known:
         yield f"the bias, {list(bias.shape)}, does not broadcast to {list(scores)}"
 
@@ -129,9 +125,7 @@ def _fitted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x if x.stride(3) == 1 else x.contiguous() for x in padded)
 
 
-def compose(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def compose(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """The CPU kernel."""
     return _compose_save(q, k, v, bias, causal, scale)[0]
 
@@ -208,9 +202,7 @@ def _bias_gradient(
     return p.mul_((dout @ v.mT).sub_(delta)).sum_to_size(bias.shape)
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Run the Triton kernel. No checks: the caller has asked `unsupported`."""
     return _flash.launch_forward(q, k, v, bias, causal, scale)[0]
 
@@ -226,9 +218,7 @@ def _backward_cuda(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *grads, args[6].new_empty(0) if dbias is None else dbias
 
 
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     b, h, s, _ = q.shape
     return q.new_empty(b, s, h, v.shape[3]).transpose(1, 2)
 
@@ -304,9 +294,7 @@ class Attention(torch.autograd.Function):
         """Gradients of q, k, v and bias."""
         q, k, v, bias, out, lse = ctx.saved_tensors
         bias_grad = ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = backward_op(
-            dout, q, k, v, bias, out, lse, ctx.causal, ctx.scale, bias_grad
-        )
+        dq, dk, dv, dbias = backward_op(dout, q, k, v, bias, out, lse, ctx.causal, ctx.scale, bias_grad)
         return dq, dk, dv, dbias.to(bias.dtype) if bias_grad else None, None, None
 
 

@@ -25,9 +25,7 @@ def reference(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tens
     return (z if b is None else z + b.to(f.dtype)).to(x.dtype)
 
 
-def unsupported(
-    x: Tensor, w: Tensor | None, b: Tensor | None = None, eps: float = 0.0
-) -> Iterator[str]:
+def unsupported(x: Tensor, w: Tensor | None, b: Tensor | None = None, eps: float = 0.0) -> Iterator[str]:
     """Why this op cannot take these arguments, if it cannot. Reads ranks, dtypes and static sizes."""
     yield from _norm.unsupported(x, w=w, b=b)
 

@@ -35,13 +35,9 @@ def unsupported(
     yield from _norm.unsupported(x, w=w)
 
 
-def launch(
-    x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False
-) -> Tensor:
+def launch(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False) -> Tensor:
     """Run the Triton kernel. No checks: the caller has asked `unsupported`."""
-    return _rows.launch_forward(
-        x, None, w, None, eps, offset, centred=False, round_first=round_first
-    )[0]
+    return _rows.launch_forward(x, None, w, None, eps, offset, centred=False, round_first=round_first)[0]
 
 
 def compose(
@@ -51,9 +47,7 @@ def compose(
     return _norm.compose_rms(x, w, eps, offset, round_first)[0]
 
 
-def _fake(
-    x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False
-) -> Tensor:
+def _fake(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

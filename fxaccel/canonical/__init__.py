@@ -25,7 +25,6 @@ def canonicalize(program: Program) -> list[str]:
             break
     else:
         raise RuleError(f"the canonical form was not reached in {_ROUNDS} rounds: {dict(e.counts)}")
-    lay_out(e)
     if schedule(program):
         e.counts["schedule"] += 1
     rename(program)
@@ -56,6 +55,7 @@ def _round(e: Editor) -> bool:
     if e.counts.total() == before:
         e.counts["round_scales"] += round_scales(e)
         e.counts["sort_operands"] += sort_operands(e)
+        e.counts["lay_out"] += lay_out(e)
     e.counts["eliminate_dead"] += ir.eliminate_dead(e.graph)
     e.refresh()
     e.counts["merge_equal"] += merge_equal(e)

@@ -334,7 +334,8 @@ def filling(e: Editor, node: fx.Node) -> fx.Node | None:
     number = float(number) if is_float(x) else number
     if isinstance(number, float) and not is_float(x):
         return None
-    val = node.meta["val"] if is_dense(mask.meta["val"]) else None  # `where` is laid out like its condition
+    plain = is_dense(mask.meta["val"]) and is_dense(x.meta["val"])
+    val = node.meta["val"] if plain else None  # `where` is laid out like its condition, `masked_fill` like x
     return e.call(node, aten.where.ScalarSelf, mask, number, x, val=val)
 
 

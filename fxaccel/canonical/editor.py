@@ -122,6 +122,7 @@ class Editor:
         self.done: set[fx.Node] = set()  # nodes whose arguments are known to be in normal form
         self.counts: Counter[str] = Counter()
         self.relaid: set[fx.Node] = set()  # nodes laid out otherwise than what they took the place of
+        self.remade: set[fx.Node] = set()  # nodes with an effect that stand again elsewhere
         self._shapes: dict[int, tuple[Any, Shape]] = {}
         self._numbers: dict[fx.Node, Tensor | None] = {}
         self._from_state: dict[fx.Node, bool] = {}
@@ -269,7 +270,7 @@ class Editor:
                 continue
             inputs = dead.all_input_nodes
             self.graph.erase_node(dead)
-            pending += [n for n in inputs if not n.users and not ir.has_effect(n)]
+            pending += [n for n in inputs if not n.users and (n in self.remade or not ir.has_effect(n))]
 
     # -- sizes ------------------------------------------------------------------------------------
 

@@ -310,7 +310,7 @@ def norm_weight(e: Editor, node: fx.Node) -> fx.Node | None:
         if weight is not None or (norm.target is aten.layer_norm.default and rest and rest[0] is not None):
             continue
         if list(e.shape(w)) == sizes and dtype(w) == dtype(norm) and not e.from_state(x):
-            return e.call(node, norm.target, x, sizes, w, *rest, val=node.meta["val"])
+            return e.call(node, norm.target, x, sizes, w, *rest, val=e.like(node))
     return None
 
 
@@ -324,7 +324,7 @@ def norm_bias(e: Editor, node: fx.Node) -> fx.Node | None:
         if weight is None or bias is not None:
             continue
         if list(e.shape(b)) == sizes and dtype(b) == dtype(norm):
-            return e.call(node, norm.target, x, sizes, weight, b, *rest, val=node.meta["val"])
+            return e.call(node, norm.target, x, sizes, weight, b, *rest, val=e.like(node))
     return None
 
 

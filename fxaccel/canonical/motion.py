@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor, aten, is_dense, is_tensor, on, rank
 from fxaccel.canonical.shape import common_suffix
+from fxaccel.ir import is_random
 
 # Elementwise operators of one tensor (and numbers): a reshape before them is written after them.
 ELEMENTWISE = {
@@ -38,7 +39,8 @@ def reshape_after(e: Editor, node: fx.Node) -> fx.Node | None:
     else:
         others = [a for a in args if isinstance(a, fx.Node)]
         same = common_suffix(e.shape(x), e.shape(flat))
-        movable = len(flat.users) == 1 and all(is_tensor(o) and rank(o) <= same for o in others)
+        dense = not is_random(node) or is_dense(x.meta["val"])  # else the same seed drops other elements
+        movable = dense and len(flat.users) == 1 and all(is_tensor(o) and rank(o) <= same for o in others)
     sizes = e.sizes(e.shape(node)) if movable else None
     if sizes is None:
         return None
@@ -103,10 +105,11 @@ def reshape_before(e: Editor, node: fx.Node) -> fx.Node | None:
     sizes = e.sizes((*e.shape(node)[:-1], e.shape(flat)[-1]))
     if sizes is None:
         return None
-    result = e.call(node, aten.reshape.default, flat.args[0], sizes)
-    for link in reversed(chain):
+    result = e.call(chain[-1], aten.reshape.default, flat.args[0], sizes)
+    for link in reversed(chain):  # each in the place of the old one, so that random ones keep their order
         val = node.meta["val"] if link is chain[0] else None
-        result = e.call(node, link.target, result, *link.args[1:], val=val, **link.kwargs)
+        result = e.call(link, link.target, result, *link.args[1:], val=val, **link.kwargs)
+    e.remade.update(chain)
     return result
 
 

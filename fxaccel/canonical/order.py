@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -138,20 +139,23 @@ def sort_operands(e: Editor) -> int:
     return changed
 
 
-def lay_out(e: Editor) -> None:
-    """Bring the strides in `meta["val"]` up to date behind the edits that changed a layout."""
-    if not e.relaid:
-        return
+def lay_out(e: Editor) -> int:
+    """Bring the strides in `meta["val"]` up to date behind the edits that changed a layout; how many changed."""
     changed: set[fx.Node] = set()
-    for node in e.graph.nodes:
+    for node in e.graph.nodes if e.relaid else ():
         if node.op != "call_function" or not (node in e.relaid or changed.intersection(node.all_input_nodes)):
             continue
-        if isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta.get("val"), Tensor):
-            val = ir.fake_result(e.graph, node, node.target, node.args, dict(node.kwargs))
-            if node in e.relaid or not same_strides(val, node.meta["val"]):
-                node.meta["val"] = val
-                changed.add(node)
+        old = ir.tensors(node.meta.get("val"))
+        if not old or not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+            continue
+        new = ir.fake_result(e.graph, node, node.target, node.args, dict(node.kwargs))
+        if not all(same_strides(a, b) for a, b in zip(ir.tensors(new), old, strict=True)):
+            node.meta["val"] = new
+            changed.add(node)
+        elif node in e.relaid:
+            changed.add(node)
     e.relaid.clear()
+    return len(changed)
 
 
 # -- nodes -----------------------------------------------------------------------------------------

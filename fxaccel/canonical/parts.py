@@ -56,7 +56,11 @@ def slicing(e: Editor, node: fx.Node) -> fx.Node | None:
     size = e.shape(x)[d]
     if not all(isinstance(b, int) for b in (start, end, step)):
         whole = start == 0 and step == 1 and isinstance(end, fx.Node) and e.shape(node)[d] == size
-        return e.forward(node, x) if whole else None
+        if whole or step is None:
+            return e.forward(node, x) if whole else None
+        args = (x, d, start, end) if step == 1 else (x, d, start, end, step)
+        same = node.target is aten.slice.Tensor and node.args == args
+        return None if same else e.call(node, aten.slice.Tensor, *args, val=node.meta["val"])
     if size.is_Integer:
         n = int(size)
         start, end = (min(max(b + n if b < 0 else b, 0), n) for b in (start, end))

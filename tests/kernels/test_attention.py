@@ -23,9 +23,7 @@ def tensors(b, h, g, s, t, d, e, dtype=torch.float32, device="cpu"):
 def launched(q, k, v, bias, dout, causal, bias_grad):
     """out, dq, dk, dv (and dbias) from the Triton kernels."""
     out, lse = _flash.launch_forward(q, k, v, bias, causal, SCALE, save=True)
-    *grads, dbias = _flash.launch_backward(
-        dout, q, k, v, bias, out, lse, causal, SCALE, bias_grad=bias_grad
-    )
+    *grads, dbias = _flash.launch_backward(dout, q, k, v, bias, out, lse, causal, SCALE, bias_grad=bias_grad)
     return [out, *grads, *([dbias.to(bias.dtype)] if bias_grad else [])]
 
 
@@ -207,7 +205,9 @@ CPU_GRID = list(
 @pytest.mark.parametrize(("heads", "width", "causal", "shape"), CPU_GRID)
 def test_cpu_kernel_in_fp64(heads, width, causal, shape):
     q, k, v, dout = tensors(2, *heads, 5, 7, *width, dtype=torch.float64)
-    bias = None if shape is None else torch.rand(5, 7) > 0.3 if shape == "bool" else torch.randn(shape).double()
+    bias = (
+        None if shape is None else torch.rand(5, 7) > 0.3 if shape == "bool" else torch.randn(shape).double()
+    )
     grad = isinstance(shape, tuple)
     got = on_cpu(q, k, v, bias, dout, causal, grad)
     exact = differentiated(kernel.reference, q, k, v, bias, dout, causal, grad)
@@ -284,9 +284,7 @@ def test_compiled():
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     given = (q, k, v, bias)
     torch.testing.assert_close(compiled(*given), f(*given))
-    for a, b in zip(
-        *(torch.autograd.grad(g(*given).sum(), given) for g in (compiled, f)), strict=True
-    ):
+    for a, b in zip(*(torch.autograd.grad(g(*given).sum(), given) for g in (compiled, f)), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -141,9 +141,7 @@ def test_compiled():
 
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, w), f(x, w))
-    for a, b in zip(
-        *(torch.autograd.grad(g(x, w).sum(), (x, w)) for g in (compiled, f)), strict=True
-    ):
+    for a, b in zip(*(torch.autograd.grad(g(x, w).sum(), (x, w)) for g in (compiled, f)), strict=True):
         torch.testing.assert_close(a, b)
 
 

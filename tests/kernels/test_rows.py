@@ -163,7 +163,6 @@ def test_gradients_of_weights_do_not_depend_on_the_run(device):
     x, w, b = tensors("layer_norm", (500, 64), torch.float32, device)
     _, _, mean, rstd = _rows.launch_forward(x, None, w, b, EPS, centred=True, save=True)
     runs = [
-        _rows.launch_backward(x, None, x, w, mean, rstd, weight_grad=True, bias_grad=True)
-        for _ in range(2)
+        _rows.launch_backward(x, None, x, w, mean, rstd, weight_grad=True, bias_grad=True) for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

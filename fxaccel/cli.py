@@ -1,0 +1,252 @@
+"""The `fxaccel` command: passes, diff, explain, verify.
+
+Exit codes: 0 nothing differs (or all is proved), 1 something differs (or a proof failed), 2 an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+import fxaccel
+from fxaccel.discover import available, resolve
+from fxaccel.errors import FxaccelError, OptionError
+from fxaccel.report import PassReport, Site
+
+app = typer.Typer(
+    help="Verified rewrites of PyTorch models.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="package.module:callable, or a file that fast.save() wrote")]
+Passes = Annotated[
+    list[str] | None, typer.Option("--pass", "-p", help="name or name{option=value,...}; repeat for more")
+]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", "-i", help="input_ids=int64[2,128]; repeat for more")
+]
+Load = Annotated[
+    list[Path] | None, typer.Option("--load", help="Python file that registers passes; repeat for more")
+]
+Train = Annotated[bool, typer.Option("--train/--eval", help="mode to capture in")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Allow = Annotated[str, typer.Option(help="loosest numerics class that a pass may have")]
+Debug = Annotated[bool, typer.Option("--debug", help="show a traceback on errors")]
+
+_console = Console(highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def passes(load: Load = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """What passes there are, with numerics class and one line each."""
+    with _reported(debug):
+        _load(load)
+        found = available()
+        if as_json:
+            rows = {
+                n: {"numerics": c.numerics, "step": c.step, "default": c.default, "summary": c.summary()}
+                for n, c in found.items()
+            }
+            _say(json.dumps(rows, indent=2))
+            return
+        for name, cls in found.items():
+            mark = "*" if cls.default else " "
+            _say(f"{mark} {name:<26}{cls.numerics:<16}{cls.summary()}")
+
+
+@app.command()
+def diff(
+    model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
+    raw: Annotated[bool, typer.Option(help="compare with the graph before canonicalization")] = False,
+    allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """What the passes change: exit code 0 nothing, 1 something."""
+    with _reported(debug):
+        fast = _accelerated(model, pass_, inputs, load, train, allow)
+        found = fast.diff(raw=raw)
+        if as_json:
+            _say(found.to_json())
+        else:
+            for line in str(found).splitlines():
+                _console.print(_coloured(line))
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def explain(
+    model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
+    allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Every site that a pass looked at: applied, or which clause said no, at which of your lines."""
+    with _reported(debug):
+        report = _accelerated(model, pass_, inputs, load, train, allow).report()
+        if as_json:
+            _say(report.to_json())
+            return
+        for name in report:
+            for line in _explained(report[name]):
+                _say(line)
+        for capture in report.captures:
+            for note in capture.notes:
+                _say(f"note: {note}")
+
+
+@app.command()
+def verify(
+    model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
+    allow: Allow = "reassociated", debug: Debug = False,
+) -> None:  # fmt: skip
+    """Run every proof again: exit code 0 all hold, 1 one failed."""
+    with _reported(debug):
+        if model.endswith(".fxa") or Path(model).is_file():
+            fast = fxaccel.load(model)
+        else:
+            fast = _accelerated(model, pass_, inputs, load, train, allow)
+        found = fast.verify()
+        _say(str(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+# -- models and inputs -----------------------------------------------------------------------------
+
+
+def _accelerated(
+    name: str, pass_: list[str] | None, inputs: list[str] | None, load: list[Path] | None, train: bool,
+    allow: str,
+) -> Any:  # fmt: skip
+    """The captured model that the command line describes."""
+    _load(load)
+    resolve(pass_)  # a wrong option is said before the model is built
+    model, example = _model(name)
+    model.train(train)
+    if inputs:
+        example = _example(inputs)
+    if example is None:
+        raise OptionError(
+            f"{name} gives a model without example inputs", '--input "input_ids=int64[2,128]" describes one'
+        )
+    with _progress(f"capturing {name}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what applied nowhere is in the report
+        return fxaccel.accelerate(model, pass_, example_inputs=example, allow=allow)
+
+
+def _model(name: str) -> tuple[nn.Module, Any]:
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise OptionError(f"{name!r} does not name a model", "write package.module:callable")
+    sys.path.insert(0, "")  # as `python -m` does: the model may lie in the present folder
+    try:
+        build: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            build = getattr(build, part)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"{name} cannot be imported: {error}", "name it package.module:callable") from error
+    finally:
+        sys.path.remove("")
+    made = build if isinstance(build, nn.Module) else build()
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"{name} gives a {type(model).__name__}, expected an nn.Module or (model, example_inputs)"
+        )
+    return model, example
+
+
+def _example(texts: list[str]) -> Any:
+    """Random inputs from `name=dtype[sizes]` (keyword) or `dtype[sizes]` (positional)."""
+    args: list[torch.Tensor] = []
+    kwargs: dict[str, torch.Tensor] = {}
+    for text in texts:
+        form = re.fullmatch(r"\s*(?:(\w+)\s*=\s*)?(\w+)\[([\d,\s]*)\]\s*", text)
+        dtype = getattr(torch, form[2], None) if form else None
+        if form is None or not isinstance(dtype, torch.dtype):
+            raise OptionError(f"--input {text!r} is not an input", "write name=dtype[sizes]: x=float32[2,3]")
+        sizes = [int(s) for s in form[3].split(",") if s.strip()]
+        generator = torch.Generator().manual_seed(len(args) + len(kwargs))
+        if dtype.is_floating_point:
+            value = torch.randn(sizes, generator=generator).to(dtype)
+        else:
+            value = torch.randint(0, 2, sizes, generator=generator).to(dtype)
+        if form[1]:
+            kwargs[form[1]] = value
+        else:
+            args.append(value)
+    if args and kwargs:
+        raise OptionError("--input mixes positional and named inputs", "name all of them or none")
+    return kwargs or tuple(args)
+
+
+def _load(files: list[Path] | None) -> None:
+    for file in files or ():
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            raise OptionError(f"--load {file}: there is no such Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module  # dataclasses and pickle look their module up by name
+        spec.loader.exec_module(module)
+
+
+# -- output ----------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    _console.print(Text(text))
+
+
+@contextlib.contextmanager
+def _progress(text: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing in a pipe."""
+    with _errors.status(text) if _errors.is_terminal else contextlib.nullcontext():
+        yield
+
+
+def _coloured(line: str) -> Text:
+    style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
+    return Text(line, style=style)
+
+
+def _explained(report: PassReport) -> Iterator[str]:
+    yield f"{report.name}: {len(report.applied)} applied, {len(report.refused)} refused"
+    if report.error:
+        yield f"  rolled back: {report.error}"
+    words: list[tuple[str, list[Site], Callable[[Site], str]]] = [
+        ("applied", report.applied, lambda s: s.rule),
+        ("refused", report.refused, lambda s: s.why),
+        ("near miss", report.near_misses, lambda s: s.why),
+    ]
+    for word, sites, why in words:
+        for site in sites:
+            yield f"  {word:<10}{site.path or '(root)'}  {site.source}  {why(site)}"
+
+
+@contextlib.contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """One line and a hint for the user's mistakes; a traceback with --debug."""
+    try:
+        yield
+    except FxaccelError as error:
+        if debug:
+            traceback.print_exc()
+        _errors.print(Text(f"error: {error}"))
+        raise typer.Exit(2) from None
