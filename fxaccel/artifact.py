@@ -130,7 +130,7 @@ def _capture(one: Capture, key: Any, prefix: str, tensors: dict[str, Tensor]) ->
             "flags": list(flags), "grad": grad, "autocast": [_region(r) for r in cast or ()],
         },
         "constants": prefix,
-        "graph": _graph(program.root),
+        "graph": _graph(program.graph, program.root),
         "state": {n: [s.kind, s.name] for n, s in program.state.items()},
         "constant_names": list(program.constants),
         "ties": program.ties,
@@ -160,15 +160,17 @@ def _capture(one: Capture, key: Any, prefix: str, tensors: dict[str, Tensor]) ->
 def _claim(claim: Claim) -> dict[str, Any]:
     return {
         "rule": claim.rule, "numerics": claim.numerics,
-        "before": _graph(claim.before.module), "after": _graph(claim.after.module),
+        "before": _graph(claim.before.graph, claim.before.root),
+        "after": _graph(claim.after.graph, claim.after.root),
     }  # fmt: skip
 
 
-def _graph(root: fx.GraphModule) -> dict[str, Any]:
+def _graph(graph: fx.Graph, root: nn.Module) -> dict[str, Any]:
     nodes, inner = [], {}
-    for node in root.graph.nodes:
+    for node in graph.nodes:
         if node.op == "get_attr":
-            inner[str(node.target)] = _graph(getattr(root, str(node.target)))
+            body = getattr(root, str(node.target))
+            inner[str(node.target)] = _graph(body.graph, body)
         nodes.append({
             "name": node.name, "op": node.op, "target": _target(node),
             "args": _value(tuple(node.args)), "kwargs": {k: _value(v) for k, v in node.kwargs.items()},
@@ -250,7 +252,8 @@ def _replacement(one: Replacement, module: nn.Module) -> dict[str, Any]:
 def _traced(function: Any, example: list[Tensor]) -> dict[str, Any] | None:
     """A weight map as a graph, None where it cannot be written as one."""
     try:
-        return _graph(make_fx(lambda *t: tuple(function(*t)))(*example))
+        traced = make_fx(lambda *t: tuple(function(*t)))(*example)
+        return _graph(traced.graph, traced)
     except (RuntimeError, ArtifactError, TypeError):
         return None
 
@@ -399,6 +402,7 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
     guards = tuple(_guard(g, data["sizes"]) for g in data["guards"])
     root = _load_graph(data["graph"])
     program = Program(
+        graph=root.graph,
         root=root,
         state={n: Slot(kind, name) for n, (kind, name) in data["state"].items()},
         constants={n: tensors[data["constants"] + n] for n in data["constant_names"]},
@@ -412,7 +416,8 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
     manifest = Manifest()
     for entry in data["proofs"]:
         p, c = entry["proof"], entry["claim"]
-        before, after = Fragment(_load_graph(c["before"])), Fragment(_load_graph(c["after"]))
+        parts = [_load_graph(c["before"]), _load_graph(c["after"])]
+        before, after = (Fragment(p.graph, p) for p in parts)
         manifest.claims[p["key"]] = Claim(c["rule"], before, after, c["numerics"])
         manifest.proofs[p["key"]] = Proof(**{**p, "trials": tuple(p["trials"])})
         manifest.sites[p["key"]] = int(entry["sites"])

@@ -309,12 +309,11 @@ def _program(
     result = inliner.inline(exported.graph, exported.graph_module, env, ())
     graph.output(tuple(_outputs(result, signature)))
     eliminate_dead(graph)
-    root = fx.GraphModule(exported.graph_module, graph)
     by_leaf: list[str | None] = [None] * len(example.leaves)
     for i, name in zip(example.tensor_at, inputs, strict=True):
         by_leaf[i] = name
     program = Program(
-        root=root, state=state, constants=constants, ties=ties(module), inputs=tuple(by_leaf),
+        graph=graph, root=exported.graph_module, state=state, constants=constants, ties=ties(module), inputs=tuple(by_leaf),
         baked=example.baked, in_spec=example.spec, out_spec=wrapper.result.spec,
         sizes={}, guards=(), hints={}, buffers=frozenset(dict(module.named_buffers(remove_duplicate=False))),
         contiguous=frozenset(n for n, t in zip(inputs, example.tensors, strict=True) if t.is_contiguous()),

@@ -86,7 +86,7 @@ def _split(text: str) -> Sequence[str]:
 
 def _value(name: str, field: Any, text: str) -> Any:
     """`text` as the field's type."""
-    kind = str(field.type)
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
     try:
         if "bool" in kind and text.lower() in ("true", "false"):
             return text.lower() == "true"

@@ -296,7 +296,9 @@ class _Emitter:
     def fits(self) -> Iterator[str]:
         """Whether the module's state still is what was captured: dtypes, and what is tied."""
         yield "def fits():"
-        conditions = [f"{read}.dtype is {dtype}" for read, dtype in self.read.items()]
+        # One tensor a module is enough to notice a cast; operators refuse mixed dtypes by themselves.
+        firsts = {read.partition("[")[0]: (read, dtype) for read, dtype in reversed(self.read.items())}
+        conditions = [f"{read}.dtype is {dtype}" for read, dtype in firsts.values()]
         for first, *others in self.program.ties:
             conditions += [f"{self.entry(n)} is {self.entry(first)}" for n in others]
         yield f"    return {' and '.join(conditions) or 'True'}"

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
@@ -112,7 +112,8 @@ class Replacement:
 class Program:
     """A captured model: the graph and everything needed to call it as the model was called.
 
-    root          owns the graph and the sub-graphs of control-flow operators
+    graph         every operator call; its placeholders are the state, then the inputs
+    root          holds the sub-graphs of control-flow operators
     state         placeholder name -> Slot, for parameters, buffers and constant tensors
     constants     name -> tensor, for slots of kind "constant"
     ties          groups of parameters, then of buffers, that are one tensor, by all of their names
@@ -130,7 +131,8 @@ class Program:
     notes         sentences for the report: what capture had to specialise or could not keep
     """
 
-    root: fx.GraphModule
+    graph: fx.Graph
+    root: nn.Module
     state: dict[str, Slot]
     constants: dict[str, Tensor]
     ties: tuple[tuple[str, ...], ...]
@@ -148,10 +150,6 @@ class Program:
     notes: list[str] = field(default_factory=list)
     replacements: list[Replacement] = field(default_factory=list)
     _facts: dict[Callable[[Program], Any], Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def graph(self) -> fx.Graph:
-        return self.root.graph
 
     def facts(self, analysis: Callable[[Program], Any]) -> Any:
         """The result of a whole-graph analysis, computed once until the graph changes."""
@@ -173,7 +171,7 @@ class Program:
             env[node] = new
         return replace(
             self,
-            root=fx.GraphModule(self.root, graph),
+            graph=graph,
             state=dict(self.state),
             constants=dict(self.constants),
             notes=list(self.notes),
@@ -368,7 +366,7 @@ def fake_result(
     fake_args, fake_kwargs = value_of(tuple(args)), value_of(kwargs)
     if mode is None:
         return target(*fake_args, **fake_kwargs)
-    with mode, entered(like.meta.get("regions", ())):
+    with mode, entered(like.meta.get("regions", ())), torch.no_grad():
         return target(*fake_args, **fake_kwargs)
 
 

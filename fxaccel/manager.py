@@ -22,7 +22,7 @@ from fxaccel.ir import (
     Program, assumed, call, eliminate_dead, expr, has_effect, is_random, path, source, target_name, written,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops, Pattern, find
-from fxaccel.proof import Claim, Manifest, Proof, fragment, prove
+from fxaccel.proof import Claim, Manifest, Proof, describe, fragment, prove
 from fxaccel.report import CaptureReport, PassReport, Site
 from fxaccel.rule import NUMERICS, STEPS, Pass, Rule
 
@@ -242,6 +242,7 @@ class _Local:
         # Computed once: sites that touch written storage are refused, so new nodes never do.
         self.writers = self.program.facts(written)
         self.seen: set[tuple[str, fx.Node]] = set()  # sites whose refusal or miss is on record
+        self.results: dict[Any, Any] = {}  # fake values of calls: equal sites share them
         self.budget = ROUNDS_PER_NODE * len(self.program.graph.nodes) + ROUNDS_PER_NODE
 
     def sweep(self) -> bool:
@@ -313,9 +314,12 @@ class _Local:
         graph, name, made = self.program.graph, type(rule).__name__, list[fx.Node]()
 
         def make(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            node = call(graph, m.root, target, args, kwargs, by=self.driver.one.name)
+            given = fx.map_arg((args, kwargs), lambda n: describe(n.meta["val"]))
+            like = (target, str(given), m.root.meta.get("regions", ()))
+            known = self.results.get(like)
+            node = call(graph, m.root, target, args, kwargs, by=self.driver.one.name, val=known)
             made.append(node)
-            val = node.meta["val"]
+            val = self.results[like] = node.meta["val"]
             if not isinstance(val, (tuple, list)):
                 return node
             by = self.driver.one.name

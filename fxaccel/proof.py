@@ -26,7 +26,7 @@ from typing import Any
 import sympy
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import UNSTEADY, Unsteady, run_nodes, widen
@@ -40,28 +40,29 @@ _ODD = (3, 5, 7, 11, 13, 17, 2, 4, 6, 9, 10, 15, 19, 23, 33, 8, 16, 32, 64, 128,
 
 @dataclass(frozen=True)
 class Fragment:
-    """Part of a graph as a function of its own: a GraphModule whose placeholders are what it reads."""
+    """Part of a program as a graph of its own, whose placeholders are what it reads."""
 
-    module: fx.GraphModule
+    graph: fx.Graph
+    root: nn.Module
 
     @property
     def inputs(self) -> list[fx.Node]:
-        return list(self.module.graph.find_nodes(op="placeholder"))
+        return list(self.graph.find_nodes(op="placeholder"))
 
     @property
     def outputs(self) -> list[fx.Node]:
-        return list(self.module.graph.output_node().args[0])
+        return list(self.graph.output_node().args[0])
 
     def __call__(self, values: Sequence[Any], *, double: bool = False) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
-        body = [n for n in self.module.graph.nodes if n.op not in ("placeholder", "output")]
-        run_nodes(body, env, self.module, double=double)
+        body = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
+        run_nodes(body, env, self.root, double=double)
         return [env[n] for n in self.outputs]
 
     def text(self) -> str:
         """What the fragment computes on what kind of inputs, without names."""
-        index = {n: i for i, n in enumerate(self.module.graph.nodes)}
-        leaves = [_describe(n.meta["val"]) for n in self.inputs]
+        index = {n: i for i, n in enumerate(self.graph.nodes)}
+        leaves = [describe(n.meta["val"]) for n in self.inputs]
         body = [n for n in index if n.op not in ("placeholder", "output")]
         done = structure(body, lambda n: f"in{index[n]}")
         return "\n".join([*leaves, done, str([index[o] for o in self.outputs])])
@@ -123,7 +124,7 @@ def fragment(
         env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = dict(node.meta)
     graph.output([env[o] for o in outputs])
-    return Fragment(fx.GraphModule(program.root, graph))
+    return Fragment(graph, program.root)
 
 
 def _ordered(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -146,7 +147,7 @@ def key(program: Program, claim: Claim) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _describe(val: Any) -> str:
+def describe(val: Any) -> str:
     if not is_tensor(val):
         return f"{type(val).__name__} {val}"
     shape, stride = [str(expr(s)) for s in val.shape], [str(expr(s)) for s in val.stride()]
@@ -181,7 +182,7 @@ class _Trial:
     def prove(self) -> Proof:
         seed = int(self.name, 16) % (1 << 63)
         compared = 0
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             for i, sizes in enumerate(self.sizes()):
                 for permuted in (False, True):
                     generator = torch.Generator().manual_seed(seed + i)
@@ -238,11 +239,13 @@ class _Trial:
             reference, values = self.run(self.before, wide, double=True), positive
             if not _informative(reference):
                 return None
-        old = self.run(self.before, values)
+        old, versions = self.run(self.before, values), _versions(values, wide)
         try:
             new, algebra = self.run(self.after, values), self.run(self.after, wide, double=True)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             return f"with {trial} the replacement raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        if _versions(values, wide) != versions:
+            return f"with {trial} the replacement writes to its input"
         self.trials.append(trial)
         with Unsteady():
             moved = self.run(self.before, wide, double=True)
@@ -284,6 +287,11 @@ class _Trial:
                 if share > 1 and self.numerics in ("bitwise", "reassociated"):
                     return f"{kind} {i} is {share:.3g} times the tolerance in {n.dtype} away from float64"
         return ""
+
+
+def _versions(*groups: list[Any]) -> list[int]:
+    """How often each tensor has been written to."""
+    return [v._version for values in groups for v in values if isinstance(v, Tensor)]
 
 
 def share_of_tolerance(

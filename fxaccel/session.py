@@ -121,9 +121,11 @@ class Session:
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's result, from the capture that fits; captures where none does."""
-        example = None
-        if kwargs or any(type(a) is not Tensor for a in args):
-            example = Call(args, kwargs)
+        example = Call(args, kwargs) if kwargs else None
+        for a in args:
+            if type(a) is not Tensor:
+                example = Call(args, kwargs)
+                break
         tensors = args if example is None else example.tensors
         key = self.key(module, args, example)
         for one in self.captures.get(key, ()):

@@ -226,7 +226,8 @@ def _row_values(lse_ptr, delta_ptr, row, S):
 
 @triton.jit
 def _queries_into_keys(
-    dk, dv, k, v, edge, left, right, S, T, D: tl.constexpr, E: tl.constexpr, scale, q_ptr, q_s, dout_ptr, dout_s, lse_ptr, delta_ptr,
+    dk, dv, k, v, edge, left, right, S, T, D: tl.constexpr, E: tl.constexpr, scale,
+    q_ptr, q_s, dout_ptr, dout_s, lse_ptr, delta_ptr,
     bias_ptr, bias_m, bias_n,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -296,7 +297,8 @@ def key_gradient_kernel(
 
 @triton.jit
 def _keys_into_queries(
-    dq, q, dout, lse, delta, top, left, right, S, T, D: tl.constexpr, E: tl.constexpr, scale, k_ptr, k_t, v_ptr, v_t,
+    dq, q, dout, lse, delta, top, left, right, S, T, D: tl.constexpr, E: tl.constexpr, scale,
+    k_ptr, k_t, v_ptr, v_t,
     bias_ptr, bias_m, bias_n,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,

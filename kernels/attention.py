@@ -70,18 +70,21 @@ def unsupported(
 
 def _unsupported_sizes(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
     differ = _operator.differ
-    for name, x, dims in (("k", k, (0, 3)), ("v", v, (0,))):
-        for dim in dims:
-            if differ(q.shape[dim], x.shape[dim]):
-                yield f"q is {list(q.shape)} and {name} {list(x.shape)}: they differ in dimension {dim}"
-    if any(differ(a, b) for a, b in zip(k.shape[1:3], v.shape[1:3], strict=True)):
-        yield f"k is {list(k.shape)} and v {list(v.shape)}: heads or lengths differ"
+    if differ(q.shape[3], k.shape[3]):
+        yield f"q is {list(q.shape)} and k {list(k.shape)}: D differs"
+    if differ(q.shape[0], k.shape[0]):
+        yield f"q is {list(q.shape)} and k {list(k.shape)}: B differs"
+    if any(map(differ, k.shape[:3], v.shape[:3])):
+        yield f"k is {list(k.shape)} and v {list(v.shape)}: B, heads or T differ"
     for name, size in (("D", q.shape[3]), ("E", v.shape[3])):
         if not isinstance(size, int):
             yield f"{name} = {size} is not a number, and so not known to be at most {MAX_D}"
         elif not 0 < size <= MAX_D:
             yield f"{name} = {size} is not within 1 .. {MAX_D}"
-    h, g = q.shape[1], k.shape[1]
+    yield from _unsupported_heads(q.shape[1], k.shape[1])
+
+
+def _unsupported_heads(h: int | torch.SymInt, g: int | torch.SymInt) -> Iterator[str]:
     if isinstance(h, int) and isinstance(g, int):
         if not g or h % g:
             yield f"{h} query heads are not a multiple of {g} key heads"
@@ -246,7 +249,7 @@ def _backward_fake(
     return *grads, lse.new_empty(bias.shape if bias_grad else (0,))
 
 
-def _double_or(launch_kernel):  # noqa: ANN001, ANN202
+def _double_or(launch_kernel):
     """The GPU's kernel: `launch_kernel`, and `reference` for float64, which Triton's kernel leaves out."""
 
     def kernel(q: Tensor, *args: object) -> Tensor:
@@ -303,7 +306,7 @@ def _derivative(q: Tensor, *args: object) -> Tensor:
     return reference(q, *args) if double else Attention.apply(q, *args)
 
 
-def _flops(q, k, v, *args, **kwargs) -> int:  # noqa: ANN001
+def _flops(q, k, v, *args, **kwargs) -> int:
     return 2 * prod(q[:3]) * k[2] * (q[3] + v[3])
 
 

@@ -59,6 +59,14 @@ def _plain(target: Any) -> bool:
     return False
 
 
+@functools.cache
+def is_pure(target: Any) -> bool:
+    """Whether calls of an operator have no effect, whatever their arguments; False where it takes a look."""
+    if not _plain(target) or target._opname in ir._KEPT:
+        return False
+    return torch.Tag.nondeterministic_seeded not in target.tags
+
+
 class Storage:
     """Which values may share storage, kept up to date while the graph is edited."""
 
@@ -124,6 +132,7 @@ class Editor:
         self.relaid: set[fx.Node] = set()  # nodes laid out otherwise than what they took the place of
         self.remade: set[fx.Node] = set()  # nodes with an effect that stand again elsewhere
         self._shapes: dict[int, tuple[Any, Shape]] = {}
+        self._values: dict[Any, Any] = {}
         self._numbers: dict[fx.Node, Tensor | None] = {}
         self._from_state: dict[fx.Node, bool] = {}
         self._sizes: dict[sympy.Expr, fx.Node] = {}
@@ -235,8 +244,18 @@ class Editor:
 
     def call(self, like: fx.Node, target: Any, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
         """A new call before `like`, which lends its provenance; run on fake values if `val` is not known."""
+        if val is None:
+            val = self.value(like, target, args, kwargs)
         with self.graph.inserting_before(like):
             return ir.call(self.graph, like, target, args, kwargs, by=BY, val=val)
+
+    def value(self, like: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The fake result of a call, run once for all operands of equal type and layout."""
+        described = _describe([args, kwargs])
+        key = (target, described, like.meta.get("regions", ()))
+        if key not in self._values:
+            self._values[key] = ir.fake_result(self.graph, like, target, args, kwargs)
+        return self._values[key]
 
     def forward(self, node: fx.Node, to: fx.Node) -> fx.Node | None:
         """`to` for the place of `node`, None where an output would newly be an alias."""
@@ -402,6 +421,20 @@ def close(a: float | None, b: float, node: fx.Node) -> bool:
     """Whether a written-out constant stands for `b` in the precision of the node's dtype."""
     tolerance = 1e-15 if dtype(node) is torch.float64 else 2e-7
     return a is not None and math.isclose(a, b, rel_tol=4 * tolerance)
+
+
+def _describe(arg: Any) -> Any:
+    """A hashable that is equal for arguments that a fake run cannot tell apart."""
+    if isinstance(arg, fx.Node):
+        return _describe(arg.meta["val"])
+    if isinstance(arg, Tensor):
+        layout = tuple(expr(s) for s in (*arg.shape, *arg.stride())) if arg.layout is torch.strided else id(arg)
+        return layout, arg.dtype, arg.device, arg.requires_grad
+    if isinstance(arg, (list, tuple)):
+        return tuple(_describe(a) for a in arg)
+    if isinstance(arg, dict):
+        return tuple((k, _describe(v)) for k, v in sorted(arg.items()))
+    return expr(arg) if isinstance(arg, torch.SymInt) else (type(arg), repr(arg))
 
 
 def power_of_two(x: float | int) -> bool:

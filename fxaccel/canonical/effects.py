@@ -18,6 +18,8 @@ _ALSO = {"masked_fill", "index_put", "scatter", "scatter_add", "scatter_reduce",
 
 def functionalise(e: Editor) -> int:
     """Give every in-place operator on a value that nobody else holds its out-of-place form; how many."""
+    if not e.storage.last_write:
+        return 0
     nodes = [n for n in e.graph.nodes if ir.mutated_arguments(n) and functional(n.target) is not None]
     if not nodes:
         return 0

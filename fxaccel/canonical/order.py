@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel import ir
-from fxaccel.canonical.editor import Editor, Storage, aten, is_dense, same_strides
+from fxaccel.canonical.editor import Editor, Storage, aten, is_dense, is_pure, same_strides
 from fxaccel.ir import Program, target_name
 
 COMMUTING = {
@@ -28,7 +28,9 @@ def merge_equal(e: Editor) -> int:
     seen: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(e.graph.nodes):
-        if node.op not in ("call_function", "get_attr") or ir.has_effect(node) or e.storage.frozen(node):
+        if node.op not in ("call_function", "get_attr") or e.storage.frozen(node):
+            continue
+        if not is_pure(node.target) and ir.has_effect(node):
             continue
         key = (node.op, node.target, _key(node.args), _key(node.kwargs), node.meta.get("regions", ()))
         first = seen.setdefault(key, node)
@@ -148,7 +150,7 @@ def lay_out(e: Editor) -> int:
         old = ir.tensors(node.meta.get("val"))
         if not old or not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
             continue
-        new = ir.fake_result(e.graph, node, node.target, node.args, dict(node.kwargs))
+        new = e.value(node, node.target, node.args, dict(node.kwargs))
         if not all(same_strides(a, b) for a, b in zip(ir.tensors(new), old, strict=True)):
             node.meta["val"] = new
             changed.add(node)

@@ -7,9 +7,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in ("_rows", "_flash")]
 
@@ -21,13 +21,21 @@ def interpreter():
     TRITON_INTERPRET acts when a kernel is defined, so it would have to be set before anything imports
     Triton, and would then make it impossible to compile in the same process.
     """
+    scopes = (*OURS, tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [dict(vars(scope)) for scope in scopes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for module in (*OURS, tl, tl.standard):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
-                    patch.setattr(module, name, InterpretedFunction(value.fn))
+                    setattr(module, name, InterpretedFunction(value.fn))
         yield
+    for scope, names in zip(scopes, before, strict=True):  # the interpreter leaves its own changes behind
+        for name in vars(scope).keys() - names.keys():
+            delattr(scope, name)
+        for name, value in names.items():
+            if vars(scope)[name] is not value:
+                setattr(scope, name, value)
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

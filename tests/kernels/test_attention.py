@@ -295,7 +295,7 @@ def test_exported_whole_with_symbolic_sizes():
 
     q, k, v, _ = tensors(2, 4, 2, 16, 16, 8, 8)
     auto = torch.export.Dim.AUTO
-    dims = dict.fromkeys("qkv", {0: auto, 2: auto})
+    dims = {name: {0: auto, 2: auto} for name in "qkv"}
     program = torch.export.export(Model(), (q, k, v), dynamic_shapes=dims)
     assert kernel.op in [n.target for n in program.graph.nodes]
     q, k, v, _ = tensors(3, 4, 2, 9, 9, 8, 8)
@@ -315,9 +315,10 @@ Q, K = meta(2, 4, 5, 8), meta(2, 2, 7, 8)
         ((meta(2, 4, 5, 8, dtype=torch.int32),) * 3, "dtype torch.int32 is not one of"),
         ((Q, K.half(), K), "dtypes differ: q is torch.float32, k torch.float16, v torch.float32"),
         ((Q[0], K, K), "q, k, v have 3, 4, 4 dimensions"),
-        ((Q, meta(2, 2, 7, 4), K), "they differ in dimension 3"),
-        ((Q, K, meta(3, 2, 7, 8)), "they differ in dimension 0"),
-        ((Q, K, meta(2, 2, 6, 8)), "heads or lengths differ"),
+        ((Q, meta(2, 2, 7, 4), K), ": D differs"),
+        ((Q, K, meta(3, 2, 7, 8)), "B, heads or T differ"),
+        ((Q, meta(3, 2, 7, 8), meta(3, 2, 7, 8)), ": B differs"),
+        ((Q, K, meta(2, 2, 6, 8)), "B, heads or T differ"),
         ((meta(2, 3, 5, 8), K, K), "3 query heads are not a multiple of 2 key heads"),
         ((meta(2, 4, 5, 264), meta(2, 2, 7, 264), K), "D = 264 is not within 1 .. 256"),
         ((Q, K, meta(2, 2, 7, 0)), "E = 0 is not within 1 .. 256"),

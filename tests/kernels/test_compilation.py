@@ -52,9 +52,9 @@ def compiled(kernel, target, dtype, constants, warps, stages=None):
 
 
 def spills(kernel):
-    """Bytes of registers spilled, from ptxas -v or the AMD compiler's notes."""
+    """What is spilled to memory, from ptxas -v or the AMD compiler's notes; scalars there spill to vectors."""
     if "ptx" not in kernel.asm:
-        return sum(map(int, re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
+        return sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
     ptx = kernel.asm["ptx"]
     ptxas = pathlib.Path(nvidia.__file__).parent / "bin" / "ptxas"
     name = re.search(r"\.target (sm_\w+)", ptx)[1]

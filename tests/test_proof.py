@@ -1,0 +1,313 @@
+"""The proof itself: how strict it is, on what inputs it tries, what it records, and that it repeats."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fxaccel
+from fxaccel import manager
+from fxaccel.capture import capture
+from fxaccel.errors import ProofError
+from fxaccel.proof import holds, materialise, share_of_tolerance
+
+F = nn.functional
+aten = torch.ops.aten
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def proved(pattern, rewrite, function, *args, numerics="reassociated", allow="approximate"):
+    """The run of one rule over a function."""
+    cls = type("TheRule", (fxaccel.Rule,), {
+        "name": "the-rule", "numerics": numerics, "pattern": pattern, "rewrite": rewrite, "refuse": done,
+    })  # fmt: skip
+    model = function if isinstance(function, nn.Module) else Function(function)
+    program = capture(model, args or (torch.randn(4, 6),), {})
+    return manager.run(program, [cls()], allow=allow)
+
+
+def done(self, m):
+    if m.root.meta.get("by"):
+        yield "it is done"
+
+
+def error(run):
+    return run.report.passes[0].error
+
+
+def scaled(self, op, x):
+    return op.aten.mul.Tensor(op.aten.exp.default(x), 2)
+
+
+@pytest.mark.parametrize(("factor", "right"), [(2.0, True), (2.0 + 1e-15, True), (2.0 + 1e-11, False)])
+def test_the_algebra_is_tried_in_float64_where_small_mistakes_show(factor, right):
+    """1e-11 is far below the rounding of float32, and yet no rounding of float64."""
+    run = proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), factor), lambda a: a.exp() * 2)
+    assert (error(run) == "") is right
+    if not right:
+        assert "in float64" in error(run)
+
+
+def test_another_order_of_summation_passes():
+    def pattern(self, op, x):
+        return op.aten.sum.dim_IntList(x, [1])
+
+    def rewrite(self, op, m):
+        halves = op.aten.flip.default(m.x, [1])
+        return op.aten.select.int(op.aten.cumsum.default(halves, 1), 1, -1)
+
+    run = proved(pattern, rewrite, lambda a: a.sum(1), torch.randn(5, 300))
+    assert error(run) == ""
+
+
+def test_the_same_formula_in_lower_precision_does_not_pass_as_reassociation():
+    def rewrite(self, op, m):
+        low = op.aten.exp.default(op.aten.to.dtype(m.x, torch.float16))
+        return op.aten.mul.Tensor(op.aten.to.dtype(low, torch.float32), 2)
+
+    run = proved(scaled, rewrite, lambda a: a.exp() * 2)
+    assert "times the tolerance in torch.float32 away from float64" in error(run)
+    run = proved(scaled, rewrite, lambda a: a.exp() * 2, numerics="lower_precision")
+    assert error(run) == ""
+    (proof,) = run.manifest.proofs.values()
+    assert proof.ok
+    assert proof.error > 10  # measured and recorded all the same
+
+
+def test_bitwise_means_every_bit():
+    def sums(self, op, x):
+        return op.aten.sum.dim_IntList(x, [1])
+
+    def turned(self, op, m):
+        return op.aten.sum.dim_IntList(op.aten.flip.default(m.x, [1]), [1])
+
+    x = torch.randn(5, 333)
+    assert error(proved(sums, turned, lambda a: a.sum(1), x)) == ""
+    assert "inf times the tolerance" in error(proved(sums, turned, lambda a: a.sum(1), x, numerics="bitwise"))
+
+
+def test_gradients_are_compared_where_they_flow_and_not_in_no_grad_regions():
+    def pattern(self, op, x):
+        return op.aten.exp.default(x)
+
+    def rewrite(self, op, m):
+        return op.aten.exp.default(op.aten.detach.default(m.x))
+
+    def in_region(a):
+        with torch.no_grad():
+            e = a.exp()
+        return e * a
+
+    x = torch.randn(4, 6, requires_grad=True)
+    assert "gradient" in error(proved(pattern, rewrite, lambda a: a.exp(), x))
+    assert error(proved(pattern, rewrite, in_region, x)) == ""
+    with torch.no_grad():
+        assert error(proved(pattern, rewrite, lambda a: a.exp(), x)) == ""
+
+
+def test_functions_of_positive_values_are_tried_on_positive_values():
+    """Half of the logarithms of random numbers are NaN, which would compare nothing."""
+
+    def pattern(self, op, x, y, z):
+        first = op.aten.mul.Tensor(op.aten.rsqrt.default(x), op.aten.rsqrt.default(y))
+        return op.aten.mul.Tensor(first, op.aten.rsqrt.default(z))
+
+    def times(factor):
+        def rewrite(self, op, m):
+            x, y, z = (op.aten.reciprocal.default(op.aten.sqrt.default(v)) for v in (m.x, m.y, m.z))
+            return op.aten.mul.Tensor(op.aten.mul.Tensor(op.aten.mul.Tensor(x, y), z), factor)
+
+        return rewrite
+
+    def function(x, y, z):
+        return x.rsqrt() * y.rsqrt() * z.rsqrt()
+
+    ones = [torch.rand(4, 6) + 1 for _ in range(3)]
+    assert error(proved(pattern, times(1.0), function, *ones)) == ""
+    assert "differs" in error(proved(pattern, times(1.001), function, *ones))
+
+
+def test_a_site_that_cannot_be_tried_is_not_believed():
+    def pattern(self, op, x):
+        return op.aten.log.default(op.aten.sub.Tensor(op.aten.neg.default(op.aten.abs.default(x)), 1))
+
+    run = proved(pattern, lambda s, op, m: op.aten.log.default(m.x), lambda a: (-a.abs() - 1).log())
+    assert "no random input gave finite values to compare" in error(run)
+
+
+def test_masks_and_indices_are_tried_with_both_values():
+    def pattern(self, op, mask, x):
+        return op.aten.where.ScalarOther(mask, x, 0.0)
+
+    def wrong(self, op, m):
+        return op.aten.clone.default(m.x)
+
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    run = proved(pattern, wrong, lambda x, m: torch.where(m, x, 0.0), torch.randn(4, 6), mask)
+    assert "differs" in error(run)
+
+
+def test_equal_sites_are_proved_once_and_others_each():
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return self.last(x)
+
+    def pattern(self, op, x, w, b):
+        return op.aten.linear.default(x, w, b)
+
+    def rewrite(self, op, m):
+        return op.aten.add.Tensor(op.aten.linear.default(m.x, m.w), m.b)
+
+    run = proved(pattern, rewrite, Three(), torch.randn(4, 6))
+    assert len(run.report.passes[0].applied) == 4
+    assert sorted(run.manifest.sites.values()) == [1, 3]
+    keys = {s.proof for s in run.report.passes[0].applied}
+    assert keys == set(run.manifest.proofs)
+
+
+def test_trials_are_small_odd_and_unequal_then_those_of_the_example_both_layouts():
+    run = proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2)
+    (proof,) = run.manifest.proofs.values()
+    assert len(proof.trials) == 4
+    assert sum("permuted" in t for t in proof.trials) == 2
+    assert proof.trials[0] == "sizes 3, 5"
+    assert proof.trials[2] == "sizes 4, 6" or proof.trials[2] == "sizes 6, 4"
+
+
+def test_trial_sizes_obey_the_guards_of_the_capture():
+    def halves(a):
+        return a.view(a.shape[0] // 2, 2, -1).exp() * 2  # an even batch only
+
+    run = proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), halves)
+    assert error(run) == ""
+    assert run.report.passes[0].applied
+
+
+def test_large_sizes_are_proved_at_small_ones():
+    def pattern(self, op, x):
+        return op.aten.exp.default(x)
+
+    big = torch.zeros(1, 1).expand(3000, 3000)
+    run = proved(pattern, lambda s, op, m: op.aten.exp.default(op.aten.mul.Tensor(m.x, 1.0)), lambda a: a.exp(), big)
+    (proof,) = run.manifest.proofs.values()
+    assert all("3000" not in t for t in proof.trials)
+
+
+def test_the_proof_draws_no_random_number_of_the_user():
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2, torch.zeros(4, 6))
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_the_same_proof_comes_out_every_time():
+    def run():
+        return proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2)
+
+    assert run().manifest.proofs == run().manifest.proofs
+
+
+def test_proofs_run_again_and_a_false_one_is_found():
+    class Exp(fxaccel.Rule):
+        name = "exp"
+
+        def pattern(self, op, x):
+            return op.aten.exp.default(x)
+
+        def rewrite(self, op, m):
+            return op.aten.reciprocal.default(op.aten.exp.default(op.aten.neg.default(m.x)))
+
+        def refuse(self, m):
+            yield from done(self, m)
+
+    fast = fxaccel.accelerate(Function(torch.exp), passes=[Exp], example_inputs=(torch.randn(4, 6),))
+    again = fast.verify()
+    assert again.ok
+    assert "proved" in str(again)
+    manifest = fast.__dict__["_fxaccel"].all[0].manifest
+    (claim,) = manifest.claims.values()
+    node = next(n for n in claim.after.graph.nodes if n.target is aten.neg.default)
+    node.target = aten.abs.default
+    assert not fast.verify().ok
+    assert "FAILED" in str(fast.verify())
+
+
+def test_strict_raises_with_the_rule_and_the_trial():
+    class Wrong(fxaccel.Rule):
+        name = "wrong"
+
+        def pattern(self, op, x):
+            return op.aten.exp.default(x)
+
+        def rewrite(self, op, m):
+            return op.aten.sin.default(m.x)
+
+    with pytest.raises(ProofError, match=r"Wrong failed its proof: with sizes 3, 5 output 0 differs by"):
+        fxaccel.accelerate(Function(torch.exp), passes=[Wrong], strict=True, example_inputs=(torch.randn(4, 6),))
+
+
+def test_proofs_work_in_inference_mode():
+    class Exp2(fxaccel.Rule):
+        name = "exp2"
+
+        def pattern(self, op, x):
+            return op.aten.exp.default(x)
+
+        def rewrite(self, op, m):
+            return op.aten.exp2.default(op.aten.mul.Tensor(m.x, 1 / math.log(2)))
+
+    fast = fxaccel.accelerate(Function(torch.exp), passes=[Exp2])
+    with torch.inference_mode():
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(fast(x), x.exp())
+    assert len(fast.report()["exp2"].applied) == 1
+
+
+# -- the yardstick -------------------------------------------------------------------------------------
+
+
+def test_the_share_is_one_where_the_tolerance_ends():
+    ref = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    old = ref.float()
+    eps = torch.finfo(torch.float32).eps
+    assert share_of_tolerance(ref, old, old) == 0
+    assert share_of_tolerance(ref, old, old + torch.tensor([0, 2 * eps])) < 1
+    assert share_of_tolerance(ref, old, old + torch.tensor([0, 8 * eps])) > 1
+    assert share_of_tolerance(ref, old, torch.tensor([1.0, torch.nan])) == math.inf
+    assert share_of_tolerance(ref.long(), ref.long(), ref.long() + 1) == math.inf
+
+
+def test_an_infinity_that_the_original_has_too_is_no_difference():
+    ref = torch.tensor([1.0, torch.inf], dtype=torch.float64)
+    assert share_of_tolerance(ref, ref.float(), ref.float()) == 0
+
+
+def test_materialise_keeps_dtype_shape_and_strides():
+    generator = torch.Generator().manual_seed(0)
+    for val in (torch.empty(3, 5).t(), torch.empty(2, 1).expand(2, 7), torch.empty(4, dtype=torch.int32)):
+        made = materialise(val, {}, generator)
+        assert (made.dtype, made.shape, made.stride()) == (val.dtype, val.shape, val.stride())
+    assert materialise(torch.empty(3, 5), {}, generator, permuted=True).stride() == (1, 3)
+    assert materialise((1, None, torch.empty(2)), {}, generator)[:2] == (1, None)
+
+
+def test_guards_with_unknown_symbols_are_left_out():
+    assert holds(["a > 2", "b > 5"], {"a": 3})
+    assert not holds(["a > 2"], {"a": 2})
