@@ -271,7 +271,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_user(filename: str) -> bool:
-    return not filename.startswith((_TORCH, _HERE, "<")) and "importlib" not in filename
+    return not filename.startswith((_TORCH, _HERE, "<", "fxaccel ")) and "importlib" not in filename
 
 
 # -- from ExportedProgram to Program ---------------------------------------------------------------

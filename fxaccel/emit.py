@@ -10,6 +10,7 @@ Parameters are read from the module's tables at each call, so loading, moving an
 from __future__ import annotations
 
 import importlib
+import itertools
 import keyword
 import math
 import operator
@@ -60,6 +61,7 @@ def _bindings() -> dict[str, Any]:
 
 
 _BINDINGS = _bindings()
+_serial = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Code:
 
     def bind(self, module: nn.Module, filename: str) -> dict[str, Any]:
         """Execute the source with its tables bound to `module`; returns the functions by name."""
+        filename = f"{filename.strip('<>')} #{next(_serial)}"  # linecache shows no source for <...>
         namespace: dict[str, Any] = {"torch": torch, "__name__": filename, **self.constants}
         namespace["__loader__"] = _Source(self.source)  # tracebacks read the text from here
         for name, (kind, path) in self.tables.items():

@@ -142,6 +142,19 @@ def test_an_error_at_run_time_shows_the_generated_line_with_path_and_users_line(
     assert re.search(r"embedding\(.*# 0", text)
 
 
+def test_two_models_of_one_class_show_each_its_own_lines():
+    shown = []
+    for function in (torch.sin, torch.cos):
+        fast = fxaccel.accelerate(Function(lambda a, f=function: f(a) @ a), passes=[], check=False)
+        fast(torch.randn(4, 4, requires_grad=True))
+        capture = fast.__dict__["_fxaccel"].all[0]
+        try:
+            capture.forward(torch.randn(4, 3))
+        except RuntimeError as error:
+            shown.append("".join(traceback.format_exception(error)))
+    assert [re.findall(r"(?<=_)x|matmul\(\w+", t) for t in shown] == [["matmul(sin"], ["matmul(cos"]]
+
+
 def test_names_that_are_keywords_or_shadow_others_are_made_different():
     class Odd(nn.Module):
         def __init__(self):
@@ -162,7 +175,7 @@ def test_literals_survive():
     x = torch.randn(3, 4)
 
     def function(a):
-        b = torch.where(a > 0, a, float("-inf")).clamp(min=-1e300)
+        b = torch.where(a > 0, a, float("-inf")).clamp(min=-1e30)
         c = torch.full((2,), float("nan")).nan_to_num(1.5)
         return b.to(torch.float64).sum((0, 1), keepdim=True), a[..., 1::2], c, a.new_zeros(2, dtype=torch.int8)
 
