@@ -13,6 +13,7 @@ import logging
 import re
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> n
     }
     new.__dict__.update(attributes)
     return new
+
+
+ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def without_root_hooks(tree: nn.Module) -> nn.Module:
+    """`tree` without the root's own hooks, which run around the emitted forward as they did around the model's."""
+    for table in ROOT_HOOKS:
+        tree.__dict__[table] = OrderedDict()
+    return tree
 
 
 class _Result:
@@ -172,7 +183,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     attempts = [True, False] if any(_varying(t) for t in example.tensors) else [False]
     failures: list[BaseException] = []
     for dynamic in attempts:
-        wrapper = _FlatCall(clone_tree(module), example, ambient_autocast())
+        wrapper = _FlatCall(without_root_hooks(clone_tree(module)), example, ambient_autocast())
         try:
             exported = _export(wrapper, example, dynamic)
             break

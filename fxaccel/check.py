@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from fxaccel import evaluate
-from fxaccel.capture import Call, belongings, clone_tree
+from fxaccel.capture import Call, belongings, clone_tree, without_root_hooks
 from fxaccel.ir import Program, is_random
-from fxaccel.proof import share_of_tolerance
+from fxaccel.proof import distance, share_of_tolerance
 from fxaccel.structure import Structure, deliver, flatten, objects
 
 if TYPE_CHECKING:
     from fxaccel.session import Capture
+
+
+_PLAUSIBLE = 64  # times the rounding of one run in float64: a sum of n terms may err n**0.5 times as much
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,19 @@ def _verdict(
 
 
 def _isolated(module: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """A tree that shares the parameters (or has changed ones) and has buffers of its own; ties are kept."""
-    tree, made = clone_tree(module), dict[int, Any]()
-    tree._forward_hooks.clear()  # the root's own hooks run around the emitted forward as well
-    tree._forward_pre_hooks.clear()
+    """A tree with buffers of its own and parameters over the same memory, or changed ones; ties are kept.
+
+    (Parameters of its own, so that no hook of the user sees the gradients of the comparison.)
+    """
+    tree, made = without_root_hooks(clone_tree(module)), dict[int, Any]()
     for m in tree.modules():
         for key, buffer in m._buffers.items():
             if buffer is not None:
                 m._buffers[key] = made.setdefault(id(buffer), buffer.detach().clone())
         for key, parameter in m._parameters.items():
-            if parameter is not None and change is not None:
-                moved = nn.Parameter(change(parameter.detach()), parameter.requires_grad)
+            if parameter is not None:
+                same = parameter.detach()
+                moved = nn.Parameter(same if change is None else change(same), parameter.requires_grad)
                 m._parameters[key] = made.setdefault(id(parameter), moved)
     return tree
 
@@ -229,8 +234,22 @@ def _difference(
     if reference is None:
         return math.inf, "differs, and nothing says by how much it may"
     if yardstick == "float64":
-        return share_of_tolerance(reference, old, new, moved), ""
+        share, why = share_of_tolerance(reference, old, new, moved), _doubt(old, reference, moved)
+        return (math.inf if moved is not None else 2.0, why) if why else (share, "")
     return share_of_tolerance(evaluate.widen(old), reference, new), ""
+
+
+def _doubt(old: Tensor, reference: Tensor, moved: Any) -> str:
+    """Why the graph is no yardstick: the model is further away from it than rounding can explain."""
+    if not reference.numel():
+        return ""
+    eps, away = torch.finfo(old.dtype).eps, distance(reference, old)
+    if away <= math.sqrt(eps) * float(torch.nan_to_num(reference.detach()).abs().max()):
+        return ""
+    rounding = eps * distance(reference, moved) / evaluate.UNSTEADY if isinstance(moved, Tensor) else 0.0
+    if away <= _PLAUSIBLE * rounding:
+        return ""
+    return f"is {away:.3g} away from the captured graph run in float64, in the model itself"
 
 
 def _kind(value: Any) -> str:

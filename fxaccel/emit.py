@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib
 import itertools
 import keyword
+import linecache
 import math
 import operator
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -80,23 +82,14 @@ class Code:
     def bind(self, module: nn.Module, filename: str) -> dict[str, Any]:
         """Execute the source with its tables bound to `module`; returns the functions by name."""
         filename = f"{filename.strip('<>')} #{next(_serial)}"  # linecache shows no source for <...>
-        namespace: dict[str, Any] = {"torch": torch, "__name__": filename, **self.constants}
-        namespace["__loader__"] = _Source(self.source)  # tracebacks read the text from here
+        namespace: dict[str, Any] = {"torch": torch, **self.constants}  # Dynamo would import a __name__
         for name, (kind, path) in self.tables.items():
             owner = module.get_submodule(path)
             namespace[name] = owner._parameters if kind == "parameter" else owner._buffers
         exec(compile(self.source, filename, "exec"), namespace)  # noqa: S102
+        linecache.cache[filename] = (lambda: self.source,)  # type: ignore[assignment]  # for tracebacks
+        weakref.finalize(namespace["forward"], linecache.cache.pop, filename, None)
         return namespace
-
-
-class _Source:
-    """Loader protocol of `linecache`, so that tracebacks show the generated lines."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def get_source(self, name: str) -> str:
-        return self.text
 
 
 def emit(program: Program) -> Code:

@@ -228,9 +228,12 @@ class Driver:
 
     def rewrite(self, rules: Sequence[Rule]) -> None:
         """Apply local rules wherever they match, until none fires."""
+        position = {n.name: i for i, n in enumerate(self.program.graph.nodes)}
         local = _Local(self, rules)
         while local.sweep():
             pass
+        for sites in (self.record.applied, self.record.refused, self.record.near_misses):
+            sites.sort(key=lambda s: position.get(s.node, len(position)))
 
 
 class _Local:

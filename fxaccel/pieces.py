@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxaccel.capture import without_root_hooks
 from fxaccel.check import compare_runs
 from fxaccel.errors import CaptureError
 from fxaccel.report import CaptureReport, PassReport, Report
@@ -35,7 +36,7 @@ class Pieces:
     def bind(self, module: Any, index: int = 0, backend: str = "python") -> None:
         """Compile the tree of `module` piece by piece; a piece is captured when it is first run."""
         self.pieces = []
-        self.run = self.compiled(module._bare(), self.pieces)
+        self.run = self.compiled(without_root_hooks(module._bare()), self.pieces)
 
     def compiled(self, tree: nn.Module, pieces: list[Any]) -> Callable[..., Any]:
         from fxaccel.module import wrap

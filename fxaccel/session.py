@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._compile import _disable_dynamo
 
 from fxaccel import manager
 from fxaccel.canonical import canonicalize
@@ -123,7 +124,7 @@ class Session:
         """The model's result, from the capture that fits; captures where none does."""
         example = Call(args, kwargs) if kwargs else None
         for a in args:
-            if type(a) is not Tensor:
+            if type(a) is not Tensor and not isinstance(a, Tensor):
                 example = Call(args, kwargs)
                 break
         tensors = args if example is None else example.tensors
@@ -132,6 +133,11 @@ class Session:
             if one.accepts(*tensors) and one.fits():
                 break
         else:
+            if torch.compiler.is_exporting():
+                raise CaptureError(
+                    "torch.export met a call that is not captured yet",
+                    "call the model once as torch.export is to call it, then export it",
+                )
             one = self.capture(module, args, kwargs)
         if isinstance(one, Pieces):
             return one.run(*args, **kwargs)
@@ -177,6 +183,7 @@ class Session:
 
     # -- capture ----------------------------------------------------------------------------------
 
+    @_disable_dynamo  # type: ignore[untyped-decorator]
     def capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:
         """Capture this call, run the passes, check the result, and keep it."""
         original = self.restored(module)
@@ -188,7 +195,7 @@ class Session:
             else:
                 one = self.whole(raw, original, module, Call(args, kwargs))
         self.enforce(one.report)
-        plain = not kwargs and all(type(a) is Tensor for a in args)
+        plain = not kwargs and all(isinstance(a, Tensor) for a in args)
         self.keep(self.key(module, args, None if plain else Call(args, kwargs)), one)
         return one
 

@@ -158,7 +158,8 @@ def cast(e: Editor, node: fx.Node) -> fx.Node | None:
     while e.at(x, aten.to.dtype) and len(x.args) == 2 and _holds(x.args[1], dtype(x.args[0])):
         x = x.args[0]
     if dtype(x) == new.dtype:
-        return None if True in node.args and e.exposed(node) else e.forward(node, x)
+        copies = x is not node.args[0] or True in node.args
+        return None if copies and e.exposed(node) else e.forward(node, x)
     if node.target is aten.to.dtype and node.args == (x, new.dtype) and not node.kwargs:
         return None
     return e.call(node, aten.to.dtype, x, new.dtype, val=new)

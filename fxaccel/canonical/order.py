@@ -133,11 +133,14 @@ def sort_operands(e: Editor) -> int:
         if node.op != "call_function" or node.target not in COMMUTING or node.kwargs or len(node.args) != 2:
             continue
         a, b = node.args
-        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and not keys.precedes(a, b):
-            node.args = (b, a)
-            changed += 1
-            if not all(is_dense(n.meta["val"]) for n in (a, b) if isinstance(n.meta["val"], Tensor)):
-                e.relaid.add(node)  # where layouts differ, the first operand decides
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or keys.precedes(a, b):
+            continue
+        if not all(is_dense(n.meta["val"]) for n in (a, b) if isinstance(n.meta["val"], Tensor)):
+            turned = e.value(node, node.target, (b, a), {})
+            if not same_strides(turned, node.meta["val"]):
+                continue  # where layouts differ, the first operand decides on that of the result
+        node.args = (b, a)
+        changed += 1
     return changed
 
 

@@ -116,7 +116,8 @@ def reshaping(e: Editor, node: fx.Node) -> fx.Node | None:
     plan = _plan(e, e.shape(base), shape)
     if plan is None or [(n.target, tuple(n.args[1:])) for n in chain] == plan:
         return None
-    vals = {e.shape(n): n.meta["val"] for n in chain if not copied}
+    plain = is_dense(base.meta["val"]) or (len(chain) == 1 and plan[0][0] is aten.reshape.default)
+    vals = {e.shape(n): n.meta["val"] for n in chain if plain and not copied}
     result = base
     for i, (target, args) in enumerate(plan):
         result = e.call(node, target, result, *args, val=_known(e, vals, shape, i == len(plan) - 1))
