@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import json
 import math
 import operator
@@ -303,7 +304,9 @@ def load(path: str | os.PathLike[str]) -> AcceleratedModule:
     content, tensors = _read(path)
     try:
         return _module(content, tensors)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+    except (
+        KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, ImportError, SyntaxError,
+    ) as error:  # fmt: skip
         raise ArtifactError(
             f"{os.fspath(path)} does not describe a model: {type(error).__name__}: {error}",
             "save the model again",
@@ -459,6 +462,8 @@ def _load_target(text: str) -> Any:
     name, _, overload = rest.rpartition(".")
     if namespace == "higher_order" and rest in _HIGHER:
         return getattr(torch.ops.higher_order, rest)
+    if namespace == "fxaccel":  # one of our kernels: its module registers the operator
+        importlib.import_module(f"fxaccel.kernels.{_name(name)}")
     found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     if not isinstance(found, torch._ops.OpOverload):
         raise ValueError(f"there is no operator {text!r}")

@@ -228,7 +228,8 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         for region in wrapper.autocast:
             stack.enter_context(torch.autocast(region.args[0], enabled=False))
-        return torch.export.export(wrapper, tensors, dynamic_shapes=(tuple(shapes),), strict=False)
+        dynamic_shapes = (tuple(shapes),) if shapes else None
+        return torch.export.export(wrapper, tensors, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _varying(tensor: Tensor) -> list[int]:

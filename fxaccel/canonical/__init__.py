@@ -42,16 +42,16 @@ Products
     scale          after the product, one `mul` by a number of 15 digits, before a bias or mask is added. In
                    float16 a scale below 1 on an operand stays there, since the product could overflow
 Arithmetic
-    powers         `pow(x, 2)` for x * x and square, `pow(x, 3)`; `sqrt`, `rsqrt`, `reciprocal`; x / sqrt(v) is
-                   `mul(x, rsqrt(v))`; x * (1 / y) is `div(x, y)`; dividing by a power of two is `mul`
+    powers         `pow(x, 2)` for x * x and square, `pow(x, 3)`; `sqrt`, `rsqrt`, `reciprocal`;
+                   x / sqrt(v) is `mul(x, rsqrt(v))`; x * (1 / y) is `div(x, y)`; dividing by a power of two is `mul`
     signs          `sub` and `neg`, no `add` of a `neg`, no alpha
     averages       `mean.dim` for a sum over its count; `var.correction` for every variance, also written as
                    a mean of squares; a dtype argument of sum, mean, softmax is a cast before
     comparisons    `gt`, `ge`, `eq`, `ne` of tensors; Scalar overloads with numbers; logic is bitwise
     choice         `where` for masked_fill, its condition never a `not`
     creation       `full` with dtype and device, `arange` with as few arguments as say the same
-Idioms             sigmoid, silu, mish, gelu (erf and tanh), softmax, log_softmax, logsumexp, `layer_norm(x, [C],
-                   w, b, eps)`, `rms_norm(x, [C], w, eps)`. A norm in float32 inside of a half model keeps its
+Idioms             sigmoid, silu, mish, gelu (erf and tanh), softmax, log_softmax, logsumexp,
+                   `layer_norm(x, [C], w, b, eps)`, `rms_norm(x, [C], w, eps)`. A norm in float32 inside of a half model keeps its
                    casts: `to(x, f32)`, `rms_norm` without a weight, `to(.., f16)`, `mul` by the weight
 Order of nodes     depth first from the outputs, operands in order; effects (writes, random numbers) keep
                    their order, and what touches a written storage its order to the writes; regions stay
@@ -142,7 +142,7 @@ def _settle(e: Editor, node: fx.Node) -> None:
             e.counts[step.__name__] += 1
             if new is not node:
                 e.replace(node, new)
-            if new._erased or new is not node and new.meta.get("by") != BY:
+            if new._erased or (new is not node and new.meta.get("by") != BY):
                 return
             node, changed = new, True
             normal_arguments(e, node)

@@ -1,4 +1,4 @@
-"""Steps on how a call is written: one operator for one meaning, positional arguments, no operators that do nothing."""
+"""Steps on how a call is written: one name, positional arguments, no calls that do nothing."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ def rename(e: Editor, node: fx.Node) -> fx.Node | None:
         args = (args[0], None, args[1])
     kwargs = dict(node.kwargs)
     if len(args) == 3 and node.target in (aten.add.Scalar, aten.sub.Scalar):
-        *args, kwargs["alpha"] = args  # type: ignore[assignment]
+        *args, kwargs["alpha"] = args
     return e.call(node, RENAMED[node.target], *args, val=node.meta["val"], **kwargs)
 
 
-_LOGICAL = {aten.logical_and.default: aten.bitwise_and.Tensor, aten.logical_or.default: aten.bitwise_or.Tensor,
-            aten.logical_not.default: aten.bitwise_not.default, aten.logical_xor.default: aten.bitwise_xor.Tensor}  # fmt: skip
+_LOGICAL = {
+    aten.logical_and.default: aten.bitwise_and.Tensor, aten.logical_or.default: aten.bitwise_or.Tensor,
+    aten.logical_not.default: aten.bitwise_not.default, aten.logical_xor.default: aten.bitwise_xor.Tensor,
+}  # fmt: skip
 
 
 @on(*_LOGICAL, autocast=True)
@@ -97,10 +99,8 @@ def normal_arguments(e: Editor, node: fx.Node) -> bool:
     kwargs: dict[str, Any] = {}
     last = 0
     for i, (name, kwarg_only, default, is_dim) in enumerate(_signature(node.target)):
-        if i < len(node.args) and not kwarg_only:
-            value = node.args[i]
-        else:
-            value = node.kwargs.get(name, default)
+        positional = i < len(node.args) and not kwarg_only
+        value = node.args[i] if positional else node.kwargs.get(name, default)
         if value is _MISSING:
             return False
         if is_dim:
@@ -125,7 +125,7 @@ def _positive(node: fx.Node, value: Any) -> Any:
     first = first[0] if isinstance(first, (list, tuple)) and first else first
     if not is_tensor(first):
         return value
-    n = max(rank(first) + (node.target in _ONE_MORE), 1)  # type: ignore[arg-type]
+    n = max(rank(first) + (node.target in _ONE_MORE), 1)
     if isinstance(value, int):
         return value % n if -n <= value < n else value
     if isinstance(value, (list, tuple)) and all(isinstance(v, int) for v in value):
@@ -139,7 +139,7 @@ def _positive(node: fx.Node, value: Any) -> Any:
 @on(aten._assert_tensor_metadata.default, autocast=True)
 def metadata_assertion(e: Editor, node: fx.Node) -> fx.Node | None:
     """What the capture already states about dtype and device needs no assertion."""
-    return node.args[0] if is_tensor(node.args[0]) else None  # type: ignore[return-value]
+    return node.args[0] if is_tensor(node.args[0]) else None
 
 
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
@@ -148,7 +148,7 @@ _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, at
 
 @on(*_CASTS, autocast=True)
 def cast(e: Editor, node: fx.Node) -> fx.Node | None:
-    """Casts and moves are `to.dtype`, those to the same type are gone, and widening casts are seen through."""
+    """Casts are `to.dtype`, those to the same type are gone, and widening casts are seen through."""
     x = node.args[0]
     if not is_tensor(x) or _changes_format(node):
         return None
@@ -219,11 +219,10 @@ def idle_copy(e: Editor, node: fx.Node) -> fx.Node | None:
     x = node.args[0]
     if not is_tensor(x):
         return None
-    if same_strides(x.meta["val"], node.meta["val"]) or (
-        _changes_format(node) and node.kwargs["memory_format"] is torch.contiguous_format and is_dense(x.meta["val"])
-    ):
+    unnoticed = node.users and all(u.target in LAYOUT_FREE for u in node.users)
+    if unnoticed or same_strides(x.meta["val"], node.meta["val"]):
         return e.forward(node, x)
-    return e.forward(node, x) if node.users and all(u.target in LAYOUT_FREE for u in node.users) else None
+    return None
 
 
 @on(operator.getitem, autocast=True)

@@ -34,10 +34,13 @@ def constant_operand(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     if not is_tensor(x) or rank(x) == 0 or rank(c) != 0:
         x, c = c, x
-        if node.target not in (aten.mul.Tensor, aten.add.Tensor) or not is_tensor(c) or rank(c) or not rank(x):
+        commutes = node.target in (aten.mul.Tensor, aten.add.Tensor)
+        if not commutes or not is_tensor(c) or rank(c) or not rank(x):
             return None
     number = e.number(c)
-    if number is None or is_float(c) and not is_float(x) or dtype(x) is torch.bool or not _same_type(node, x):
+    if number is None or (is_float(c) and not is_float(x)) or dtype(x) is torch.bool:
+        return None
+    if not _same_type(node, x):
         return None
     target = aten.pow.Tensor_Scalar if node.target is aten.pow.Tensor_Tensor else node.target
     return e.call(node, target, x, number, val=node.meta["val"], **node.kwargs)
@@ -168,7 +171,7 @@ def root(e: Editor, node: fx.Node) -> fx.Node | None:
     if not is_float(x):
         return None
     if node.target is aten.pow.Tensor_Scalar:
-        target = _ROOTS.get(node.args[1])  # type: ignore[arg-type]
+        target = _ROOTS.get(node.args[1])
         return None if target is None else e.call(node, target, x, val=node.meta["val"])
     if e.at(x, aten.sqrt.default):
         return e.call(node, aten.rsqrt.default, x.args[0], val=node.meta["val"])
@@ -265,8 +268,10 @@ def average(e: Editor, node: fx.Node) -> fx.Node | None:
 # -- comparisons and choices -----------------------------------------------------------------------
 
 _TURNED = {aten.lt.Tensor: aten.gt.Tensor, aten.le.Tensor: aten.ge.Tensor}
-_COMPARISONS = {aten.eq.Tensor: aten.eq.Scalar, aten.ne.Tensor: aten.ne.Scalar, aten.gt.Tensor: aten.gt.Scalar,
-                aten.ge.Tensor: aten.ge.Scalar, aten.lt.Tensor: aten.lt.Scalar, aten.le.Tensor: aten.le.Scalar}  # fmt: skip
+_COMPARISONS = {
+    aten.eq.Tensor: aten.eq.Scalar, aten.ne.Tensor: aten.ne.Scalar, aten.gt.Tensor: aten.gt.Scalar,
+    aten.ge.Tensor: aten.ge.Scalar, aten.lt.Tensor: aten.lt.Scalar, aten.le.Tensor: aten.le.Scalar,
+}  # fmt: skip
 
 
 @on(*_COMPARISONS, autocast=True)
@@ -275,7 +280,7 @@ def comparison(e: Editor, node: fx.Node) -> fx.Node | None:
     x, y = node.args
     if not is_tensor(y):
         return e.call(node, _COMPARISONS[node.target], x, y, val=node.meta["val"])
-    turned = _TURNED.get(node.target)  # type: ignore[arg-type]
+    turned = _TURNED.get(node.target)
     return None if turned is None else e.call(node, turned, y, x, val=node.meta["val"])
 
 
@@ -296,7 +301,7 @@ def double_not(e: Editor, node: fx.Node) -> fx.Node | None:
     x = node.args[0]
     if e.at(x, aten.bitwise_not.default):
         return e.forward(node, x.args[0])
-    opposite = _OPPOSITE.get(getattr(x, "target", None))
+    opposite = _OPPOSITE.get(x.target)
     if opposite is None or not e.at(x) or any(is_tensor(a) and is_float(a) for a in x.args):
         return None
     return e.call(node, opposite, *x.args, val=node.meta["val"])
@@ -314,9 +319,9 @@ _OPPOSITE = {
 def known_truth(e: Editor, node: fx.Node) -> fx.Node | None:
     """`and` with all true and `or` with all false are gone."""
     for x, c in (node.args, node.args[::-1]):
-        if e.at(c, aten.full.default) and _identity(e, node, x):
-            if c.args[1] is (node.target is aten.bitwise_and.Tensor):
-                return e.forward(node, x)
+        known = e.at(c, aten.full.default) and c.args[1] is (node.target is aten.bitwise_and.Tensor)
+        if known and _identity(e, node, x):
+            return e.forward(node, x)
     return None
 
 

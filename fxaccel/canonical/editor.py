@@ -231,7 +231,7 @@ class Editor:
             known = {n: self._constant(n, depth - 1) for n in node.all_input_nodes}
             if all(k is not None and k.device.type == "cpu" for k in known.values()):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                value = node.target(*args, **kwargs)
         self._numbers[node] = value
         return value
 
@@ -243,7 +243,7 @@ class Editor:
     # -- building ---------------------------------------------------------------------------------
 
     def call(self, like: fx.Node, target: Any, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
-        """A new call before `like`, which lends its provenance; run on fake values if `val` is not known."""
+        """A new call before `like`, which lends its provenance; run on fakes if `val` is not known."""
         if val is None:
             val = self.value(like, target, args, kwargs)
         with self.graph.inserting_before(like):
@@ -275,8 +275,9 @@ class Editor:
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put `new` in the place of `node` and erase what nothing reads any more."""
         old, val = node.meta.get("val"), new.meta.get("val")
-        if isinstance(old, Tensor) and isinstance(val, Tensor) and old is not val and not same_strides(old, val):
-            self.relaid.add(new)
+        if isinstance(old, Tensor) and isinstance(val, Tensor) and old is not val:
+            if not same_strides(old, val):
+                self.relaid.add(new)
         node.replace_all_uses_with(new)
         self.erase(node)
 
@@ -406,14 +407,17 @@ def is_tensor(arg: Any) -> bool:
 
 
 def is_float(node: fx.Node) -> bool:
+    """Whether the value is a real floating tensor."""
     return bool(node.meta["val"].dtype.is_floating_point)
 
 
 def dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype  # type: ignore[no-any-return]
+    """The dtype of the tensor that `node` computes."""
+    return node.meta["val"].dtype
 
 
 def rank(node: fx.Node) -> int:
+    """How many dimensions the tensor that `node` computes has."""
     return int(node.meta["val"].dim())
 
 

@@ -6,7 +6,6 @@ import math
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxaccel.canonical.editor import Editor, aten, close, dtype, is_float, is_tensor, on, rank
@@ -16,7 +15,8 @@ _LIMIT = 8  # factors of a product that are looked at
 
 def factors(e: Editor, node: Any) -> tuple[float, list[fx.Node]]:
     """A product taken apart: the number in it and the tensors, seen through products that only it reads."""
-    number, found, pending = 1.0, [], [node]
+    number, pending = 1.0, [node]
+    found: list[fx.Node] = []
     while pending:
         n = pending.pop()
         inner = e.at(n, aten.mul.Tensor) if n is node else e.once(n, aten.mul.Tensor) and len(found) < _LIMIT
@@ -155,7 +155,7 @@ def _is_power(e: Editor, found: list[fx.Node], x: fx.Node, n: int) -> bool:
         if f is x:
             total += 1
         elif e.at(f, aten.pow.Tensor_Scalar) and f.args[0] is x:
-            total += f.args[1]  # type: ignore[operator]
+            total += f.args[1]
         else:
             return False
     return total == n
@@ -254,7 +254,7 @@ def _kept(node: fx.Node) -> bool:
 
 @on(aten.mul.Tensor)
 def written_norm(e: Editor, node: fx.Node) -> fx.Node | None:
-    """A value over the root of its mean square is `rms_norm`, a centred one over its deviation `layer_norm`."""
+    """A value over its root mean square is `rms_norm`, a centred one over its deviation `layer_norm`."""
     number, found = factors(e, node)
     for inverse in found:
         if not e.at(inverse, aten.rsqrt.default):
@@ -357,7 +357,7 @@ def variance_arguments(e: Editor, node: fx.Node) -> fx.Node | None:
 
 def _variance(node: fx.Node) -> tuple[Any, Any, Any, bool]:
     """Operand, dimensions, correction and keepdim of a variance."""
-    name = node.target._overloadname  # type: ignore[union-attr]
+    name = node.target._overloadname
     if name == "correction":
         x, dims = [*node.args, None][:2]
         correction = node.kwargs.get("correction")
@@ -365,7 +365,8 @@ def _variance(node: fx.Node) -> tuple[Any, Any, Any, bool]:
     if name == "default":
         x, unbiased = [*node.args, True][:2]
         return x, None, int(bool(unbiased)), False
-    x, dims, unbiased, keep = [*node.args, *[None, True, False][len(node.args) - 1 :]]
+    defaults: list[Any] = [None, True, False]
+    x, dims, unbiased, keep = [*node.args, *defaults[len(node.args) - 1 :]]
     return x, dims, int(bool(unbiased)), bool(keep)
 
 
@@ -391,7 +392,9 @@ def variance_and_mean(e: Editor, node: fx.Node) -> fx.Node | None:
 def variance(e: Editor, node: fx.Node) -> fx.Node | None:
     """The mean of the squared distance to the mean is the variance with correction 0."""
     square = node.args[0]
-    if not e.at(square, aten.pow.Tensor_Scalar) or square.args[1] != 2 or not e.at(square.args[0], aten.sub.Tensor):
+    if not e.at(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:
+        return None
+    if not e.at(square.args[0], aten.sub.Tensor):
         return None
     x, mean = square.args[0].args
     dims = node.args[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor, aten, is_dense, is_tensor, on, rank
@@ -27,7 +25,7 @@ _LAST = (aten.softmax.int, aten.log_softmax.int, aten.linear.default, aten.layer
 
 @on(*ELEMENTWISE, *_WITH_NUMBER, *_LAST)
 def reshape_after(e: Editor, node: fx.Node) -> fx.Node | None:
-    """A reshape before an elementwise operator, or one over a last dimension that it keeps, comes after it."""
+    """A reshape before an elementwise operator, or one over a last dimension it keeps, comes after."""
     flat = node.args[0]
     if not e.at(flat, aten.reshape.default):
         return None
@@ -35,7 +33,8 @@ def reshape_after(e: Editor, node: fx.Node) -> fx.Node | None:
     kept = e.shape(x)[-1:] == e.shape(flat)[-1:] != ()
     args = list(node.args[1:])
     if node.target in _LAST:
-        movable = kept and (node.target is aten.linear.default or args[0] in (rank(flat) - 1, [*flat.meta["val"].shape[-1:]]))
+        last = (rank(flat) - 1, [*flat.meta["val"].shape[-1:]])  # the dimension, or the sizes of a norm
+        movable = kept and (node.target is aten.linear.default or args[0] in last)
     else:
         others = [a for a in args if isinstance(a, fx.Node)]
         same = common_suffix(e.shape(x), e.shape(flat))
@@ -98,7 +97,7 @@ def reshape_before(e: Editor, node: fx.Node) -> fx.Node | None:
     while e.once(flat, aten.linear.default, *ELEMENTWISE, *_WITH_NUMBER):
         chain.append(flat)
         flat = flat.args[0]
-        if any(is_tensor(o) and rank(o) > 1 for o in chain[-1].args[1:2]) and chain[-1].target in _WITH_NUMBER:
+        if chain[-1].target in _WITH_NUMBER and any(is_tensor(o) and rank(o) > 1 for o in chain[-1].args):
             return None
     if not chain or not e.once(flat, aten.reshape.default) or e.shape(node)[-1:] != e.shape(chain[0])[-1:]:
         return None

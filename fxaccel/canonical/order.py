@@ -79,7 +79,9 @@ class Keys:
         """The node with its operands replaced by their hashes."""
         if node.op == "placeholder":
             slot = self.program.state.get(node.name)
-            return f"input {self.program.inputs.index(node.name)}" if slot is None else f"{slot.kind} {slot.name}"
+            if slot is None:
+                return f"input {self.program.inputs.index(node.name)}"
+            return f"{slot.kind} {slot.name}"
         if node.op != "call_function":
             return f"{node.op} {node.target}"
         words = [_text(a, names) for a in node.args]
@@ -145,13 +147,14 @@ def sort_operands(e: Editor) -> int:
 
 
 def lay_out(e: Editor) -> int:
-    """Bring the strides in `meta["val"]` up to date behind the edits that changed a layout; how many changed."""
+    """Bring strides in `meta["val"]` up to date behind the edits that changed a layout; how many changed."""
     changed: set[fx.Node] = set()
     for node in e.graph.nodes if e.relaid else ():
         if node.op != "call_function" or not (node in e.relaid or changed.intersection(node.all_input_nodes)):
             continue
         old = ir.tensors(node.meta.get("val"))
-        if not old or not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+        runs = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if not old or not runs:
             continue
         new = e.value(node, node.target, node.args, dict(node.kwargs))
         if not all(same_strides(a, b) for a, b in zip(ir.tensors(new), old, strict=True)):
@@ -176,8 +179,7 @@ def schedule(program: Program) -> bool:
     nodes = list(graph.nodes)
     body = [n for n in nodes if n.op not in ("placeholder", "output")]
     needs = _needs(program, body)
-    tops = [n for n in body if isinstance(n.meta.get("val"), torch.SymInt) and not n.meta.get("regions")
-            and all(i.op == "placeholder" or isinstance(i.meta.get("val"), torch.SymInt) for i in n.all_input_nodes)]  # fmt: skip
+    tops = [n for n in body if _is_size(n)]
     tops.sort(key=lambda n: _size_order(program, n))
     roots = [*tops, *nodes[-1].all_input_nodes, *(n for n in body if ir.has_effect(n)), *body]
     order = _arranged(body, needs, roots, 0)
@@ -189,11 +191,19 @@ def schedule(program: Program) -> bool:
     return True
 
 
+def _is_size(node: fx.Node) -> bool:
+    """Whether the node is arithmetic on sizes of inputs, outside of every region."""
+    if not isinstance(node.meta.get("val"), torch.SymInt) or node.meta.get("regions"):
+        return False
+    inputs = node.all_input_nodes
+    return all(i.op == "placeholder" or isinstance(i.meta.get("val"), torch.SymInt) for i in inputs)
+
+
 def _size_order(program: Program, node: fx.Node) -> tuple[Any, ...]:
     """Sizes of inputs first, by input and dimension."""
     if node.target is not aten.sym_size.int or getattr(node.args[0], "name", None) not in program.inputs:
         return (1,)
-    return (0, program.inputs.index(node.args[0].name), node.args[1])  # type: ignore[union-attr]
+    return (0, program.inputs.index(node.args[0].name), node.args[1])
 
 
 def _needs(program: Program, body: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -280,8 +290,7 @@ def rename(program: Program) -> None:
     counts: dict[str, int] = {n.name: 0 for n in graph.nodes if n.op != "call_function"}
     wanted = []
     for node in calls:
-        name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "call")
-        name = name.strip("_")
+        name = str(getattr(node.target, "_opname", "") or getattr(node.target, "__name__", "call")).strip("_")
         count = counts.get(name, -1) + 1
         counts[name] = count
         wanted.append(f"{name}_{count}" if count else name)

@@ -16,7 +16,7 @@ _PARTS_LIMIT = 64  # readers of one value beyond which its slices are not looked
 
 def _dim(node: fx.Node, i: int) -> int:
     """Argument `i`, a dimension that defaults to 0."""
-    return node.args[i] if len(node.args) > i else 0  # type: ignore[return-value]
+    return node.args[i] if len(node.args) > i else 0
 
 
 @on(*_SPLITS, autocast=True)
@@ -178,9 +178,9 @@ def selecting(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     parts: dict[int, fx.Node] = {}
     for user in x.users:
-        if e.at(user, aten.select.int) and user.args[1] == d and isinstance(user.args[2], int):
-            if parts.setdefault(user.args[2] % int(size), user) is not user:
-                return None
+        taken = e.at(user, aten.select.int) and user.args[1] == d and isinstance(user.args[2], int)
+        if taken and parts.setdefault(user.args[2] % int(size), user) is not user:
+            return None
     if len(parts) != int(size):
         return None
     return _take_apart(e, node, [parts[k] for k in sorted(parts)], aten.unbind.int, (x, d) if d else (x,))

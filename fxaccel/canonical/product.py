@@ -68,7 +68,7 @@ def product_with_weight(e: Editor, node: fx.Node) -> fx.Node | None:
 
 def _transposed(e: Editor, node: fx.Node, w: fx.Node) -> fx.Node:
     if e.at(w, aten.permute.default):
-        return w.args[0]  # type: ignore[return-value]
+        return w.args[0]
     return e.call(node, aten.permute.default, w, [1, 0])
 
 
@@ -160,15 +160,15 @@ def operand_scale(e: Editor, node: fx.Node) -> fx.Node | None:
     """A scale on an operand of a product is a scale of the product (in fp16 only one of 1 or more)."""
     for operand in node.args:
         while e.once(operand, *_VIEWS):
-            operand = operand.args[0]  # type: ignore[union-attr]
+            operand = operand.args[0]
         scale = scale_of(e, operand)
-        if scale is None or len(operand.users) > 1:  # type: ignore[union-attr]
+        if scale is None or len(operand.users) > 1:
             continue
         number, x = scale
         if not math.isfinite(number) or (dtype(node) is torch.float16 and abs(number) < 1):
             continue
-        e.storage.unite(operand, x)  # type: ignore[arg-type]
-        e.replace(operand, x)  # type: ignore[arg-type]
+        e.storage.unite(operand, x)
+        e.replace(operand, x)
         val = node.meta["val"]
         product = e.call(node, aten.matmul.default, *node.args, val=val)
         return e.call(node, aten.mul.Tensor, product, number, val=val)
@@ -201,7 +201,7 @@ def scale(e: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def round_scales(e: Editor) -> int:
-    """Scales of products keep 15 digits, so that 8 ** -0.5 and 1 / sqrt(8) are one number; how many changed."""
+    """Scales of products keep 15 digits, so that 8 ** -0.5 and 1 / sqrt(8) are one; how many changed."""
     changed = 0
     for node in e.graph.nodes:
         if node.target is not aten.mul.Tensor or not isinstance(node.args[1], float):
@@ -247,7 +247,7 @@ def einsum(e: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _turned(e: Editor, values: list[fx.Node], inputs: list[list[str]], out: list[str]) -> bool:
-    """Whether the operands are to change places: a weight stands right, else the order of the result counts."""
+    """Whether the operands change places: a weight stands right, else the order of the result counts."""
     a, b = inputs
     first_weight, second_weight = (e.from_state(v) for v in values)
     if first_weight != second_weight:
@@ -302,7 +302,7 @@ def _contract(
     )
     sides = []
     for x, have, groups, merged in plan:
-        side = _grouped(e, node, _permuted(e, node, x, have, sum(groups, [])), groups, merged, size)
+        side = _grouped(e, node, _permuted(e, node, x, have, [c for g in groups for c in g]), groups, merged, size)
         if side is None:
             return None
         sides.append(side)

@@ -1,11 +1,9 @@
-"""Steps on how values are laid out: one spelling each of permuting, reshaping, broadcasting and taking parts."""
+"""Steps on how values are laid out: one spelling each of permuting, reshaping and broadcasting."""
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxaccel.canonical.editor import (
@@ -139,7 +137,7 @@ def _base(e: Editor, node: fx.Node) -> tuple[fx.Node, list[fx.Node], bool]:
         if e.at(base, *_RESHAPES):
             chain.append(base)
         elif e.at(base, *_COPIES) and not outward:
-            if not e.storage.root(base) is e.storage.root(base.args[0]) and e.forward(base, base.args[0]) is None:
+            if e.forward(base, base.args[0]) is None:
                 break
             copied = True
         else:
