@@ -159,21 +159,33 @@ class Call:
         args, kwargs = self.spec.unflatten(leaves)
         return args, kwargs
 
+    def paths(self) -> list[tuple[Any, int, int]]:
+        """For each leaf of the arguments' pytree its path, index, and the number of flat leaves it stands for."""
+        plain = range(self.spec.spec.num_leaves)
+        found = pytree.tree_flatten_with_path(pytree.tree_unflatten(plain, self.spec.spec))[0]
+        sizes = {i: s.attributes.size if isinstance(s, Opened) else 0 for i, s in self.spec.special.items()}
+        return [(keys, i, sizes.get(i, 1)) for keys, i in found]
+
+    def nested(self) -> set[int]:
+        """Flat leaves that lie within a container or object: keys and values of a cache, say."""
+        at, found = 0, set[int]()
+        for keys, i, count in self.paths():
+            if i in self.spec.special or len(keys) > 2:
+                found.update(range(at, at + count))
+            at += count
+        return found
+
     def names(self, signature: inspect.Signature) -> list[str]:
         """A readable identifier for each leaf: `input_ids`, `past_0_1`."""
         parameters = list(signature.parameters)
-        plain = range(self.spec.spec.num_leaves)
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(plain, self.spec.spec))[0]
         names = []
-        for keys, i in paths:
+        for keys, i, count in self.paths():
             kind, first, *rest = [re.sub(r"\W+", "_", str(k)).strip("_") for k in keys]
             if kind == "0":  # a positional argument: named by the signature
                 at = int(first)
                 first = parameters[at] if at < len(parameters) else f"arg{at}"
-            special = self.spec.special.get(i)
-            count = 1 if special is None else special.attributes.size if isinstance(special, Opened) else 0
             name = "_".join([first, *rest])
-            names += [name] if special is None else [f"{name}_{k}" for k in range(count)]
+            names += [f"{name}_{k}" for k in range(count)] if i in self.spec.special else [name]
         return names
 
 
@@ -218,8 +230,10 @@ def ambient_autocast() -> list[Region]:
 
 
 def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram:
+    nested = example.nested()
     shapes = [
-        {d: Dim.AUTO for d in _varying(t)} if dynamic else None for t in example.tensors
+        {d: Dim.AUTO for d in _varying(t, i in nested)} if dynamic else None
+        for i, t in zip(example.tensor_at, example.tensors, strict=True)
     ]
     tensors = tuple(_plain(t) for t in example.tensors)
     with contextlib.ExitStack() as stack:
@@ -232,15 +246,17 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
         return torch.export.export(wrapper, tensors, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _varying(tensor: Tensor) -> list[int]:
+def _varying(tensor: Tensor, nested: bool = False) -> list[int]:
     """Dimensions left symbolic: those of two or more; of images and volumes the batch alone.
+
+    `nested`: the tensor is part of another argument, of a key-value cache, say, and no image.
 
     (Sizes of pixels are fixed for a model more often than not, and with symbolic ones export takes
     minutes.) Parameters, which graph pieces get as arguments, are fixed.
     """
     if isinstance(tensor, nn.Parameter):
         return []
-    return [d for d, size in enumerate(tensor.shape) if size > 1 and (d == 0 or tensor.dim() < 4)]
+    return [d for d, size in enumerate(tensor.shape) if size > 1 and (d == 0 or nested or tensor.dim() < 4)]
 
 
 def _plain(tensor: Tensor) -> Tensor:

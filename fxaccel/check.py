@@ -145,6 +145,9 @@ def _observe(
     torch.set_rng_state(state)
     outputs, spec = flatten(run(tree, leaves), keep=belongings(tree))
     values: dict[str, Any] = {f"output {i}": _detached(v) for i, v in enumerate(outputs)}
+    if torch.is_grad_enabled():  # export loses an enable_grad within no_grad
+        flags = [(i, v.requires_grad) for i, v in enumerate(outputs) if isinstance(v, Tensor)]
+        values |= {f"requires_grad of output {i}": flag for i, flag in flags}
     values |= _gradients(outputs, watched)
     values |= {f"buffer {n}": b for n, b in tree.named_buffers()}
     values |= {f"input {i} after the call": t.detach() for i, t in enumerate(leaves)}

@@ -190,10 +190,9 @@ class Session:
         with torch.random.fork_rng():
             try:
                 raw = capture(original, args, kwargs)
+                one: Capture | Pieces = self.whole(raw, original, module, Call(args, kwargs))
             except CaptureError as error:
-                one: Capture | Pieces = self.piecewise(error, original, module, Call(args, kwargs))
-            else:
-                one = self.whole(raw, original, module, Call(args, kwargs))
+                one = self.piecewise(error, original, module, Call(args, kwargs))
         self.enforce(one.report)
         plain = not kwargs and all(isinstance(a, Tensor) for a in args)
         self.keep(self.key(module, args, None if plain else Call(args, kwargs)), one)

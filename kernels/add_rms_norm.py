@@ -94,3 +94,11 @@ _norm.register(
     centred=False,
     add=True,
 )
+
+
+def direct(
+    x: Tensor, r: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The op on CPU tensors; the norm past the dispatcher where no gradient is wanted."""
+    h = torch.add(x, r)
+    return rms_norm.direct(h, w, eps, offset, round_first), h

@@ -319,3 +319,13 @@ _operator.count_flops(
     backward_op,
     lambda dout, q, k, v, *args, **kwargs: 2 * prod(q[:3]) * k[2] * (3 * q[3] + 2 * v[3]),
 )
+
+
+def direct(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """The op on CPU tensors, past the dispatcher where torch's own operator means the same."""
+    if scale <= 0 or (bias is not None and bias.dtype not in (torch.bool, q.dtype)):
+        return op(q, k, v, bias, causal, scale)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, bias, 0.0, causal, scale=scale, enable_gqa=grouped)

@@ -43,7 +43,8 @@ Products
                    float16 a scale below 1 on an operand stays there, since the product could overflow
 Arithmetic
     powers         `pow(x, 2)` for x * x and square, `pow(x, 3)`; `sqrt`, `rsqrt`, `reciprocal`;
-                   x / sqrt(v) is `mul(x, rsqrt(v))`; x * (1 / y) is `div(x, y)`; dividing by a power of two is `mul`
+                   x / sqrt(v) is `mul(x, rsqrt(v))`; x * (1 / y) is `div(x, y)`; dividing by a power of
+                   two is `mul`
     signs          `sub` and `neg`, no `add` of a `neg`, no alpha
     averages       `mean.dim` for a sum over its count; `var.correction` for every variance, also written as
                    a mean of squares; a dtype argument of sum, mean, softmax is a cast before
@@ -51,8 +52,9 @@ Arithmetic
     choice         `where` for masked_fill, its condition never a `not`
     creation       `full` with dtype and device, `arange` with as few arguments as say the same
 Idioms             sigmoid, silu, mish, gelu (erf and tanh), softmax, log_softmax, logsumexp,
-                   `layer_norm(x, [C], w, b, eps)`, `rms_norm(x, [C], w, eps)`. A norm in float32 inside of a half model keeps its
-                   casts: `to(x, f32)`, `rms_norm` without a weight, `to(.., f16)`, `mul` by the weight
+                   `layer_norm(x, [C], w, b, eps)`, `rms_norm(x, [C], w, eps)`. A norm in float32
+                   inside of a half model keeps its casts: `to(x, f32)`, `rms_norm` without a weight,
+                   `to(.., f16)`, `mul` by the weight
 Order of nodes     depth first from the outputs, operands in order; effects (writes, random numbers) keep
                    their order, and what touches a written storage its order to the writes; regions stay
                    together. Calls are named after their operator and numbered
@@ -67,12 +69,13 @@ from __future__ import annotations
 from torch import fx
 
 from fxaccel import ir
-from fxaccel.canonical import arguments, arithmetic, idiom, motion, parts, product, shape  # noqa: F401
+from fxaccel.canonical import arguments, arithmetic, idiom, motion, norm, parts, product, shape  # noqa: F401
 from fxaccel.canonical.arguments import normal_arguments
-from fxaccel.canonical.editor import BY, ORDER, STEPS, UNDER_AUTOCAST, Editor, aten, under_autocast
+from fxaccel.canonical.editor import BY, ORDER, STEPS, UNDER_AUTOCAST, Editor, aten
 from fxaccel.canonical.effects import functionalise
 from fxaccel.canonical.order import lay_out, merge_equal, rename, schedule, sort_operands
 from fxaccel.canonical.product import round_scales
+from fxaccel.canonical.values import under_autocast
 from fxaccel.errors import RuleError
 from fxaccel.ir import Program
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxaccel.canonical.editor import Editor, aten, dtype, is_dense, is_tensor, on, rank, same_strides
+from fxaccel.canonical.editor import Editor, aten, on
+from fxaccel.canonical.values import dtype, is_dense, is_tensor, rank, same_strides
 
 # Other names of one operator, all with the same arguments.
 RENAMED = {

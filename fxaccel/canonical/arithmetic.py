@@ -9,7 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from fxaccel.canonical.editor import Editor, aten, dtype, is_dense, is_float, is_tensor, on, rank
+from fxaccel.canonical.editor import Editor, aten, on
+from fxaccel.canonical.values import dtype, is_dense, is_float, is_tensor, rank
 
 _BINARY = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 

@@ -7,8 +7,6 @@ where an output would become an alias that it was not before.
 
 from __future__ import annotations
 
-import functools
-import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel import ir
+from fxaccel.canonical.storage import Storage
+from fxaccel.canonical.values import describe, is_dense, is_tensor, same_strides
 from fxaccel.ir import Program, expr, is_call
 
 aten = torch.ops.aten
@@ -47,77 +47,6 @@ def on(*targets: Any, autocast: bool = False) -> Callable[[Step], Step]:
         return step
 
     return register
-
-
-@functools.cache
-def _plain(target: Any) -> bool:
-    """Whether no call of `target` can write to or share the storage of an argument."""
-    if isinstance(target, torch._ops.OpOverload):
-        schema = target._schema
-        marked = any(a.alias_info for a in (*schema.arguments, *schema.returns))
-        return not marked and target not in ir._MAY_ALIAS_FIRST and target is not ir._BATCH_NORM
-    return False
-
-
-@functools.cache
-def is_pure(target: Any) -> bool:
-    """Whether calls of an operator have no effect, whatever their arguments; False where it takes a look."""
-    if not _plain(target) or target._opname in ir._KEPT:
-        return False
-    return torch.Tag.nondeterministic_seeded not in target.tags
-
-
-class Storage:
-    """Which values may share storage, kept up to date while the graph is edited."""
-
-    def __init__(self, program: Program) -> None:
-        self.parent: dict[fx.Node, fx.Node] = {}
-        self.external: set[fx.Node] = set()
-        self.escaping: set[fx.Node] = set()
-        self.last_write: dict[fx.Node, fx.Node] = {}
-        for node in program.graph.nodes:
-            root = self.root(node)
-            if node.op == "placeholder":
-                self.external.add(root)
-        for node in program.graph.nodes:
-            if node.op == "output":
-                self.escaping.update(self.root(n) for n in node.all_input_nodes)
-            elif not _plain(node.target):
-                for target in ir.mutated_arguments(node):
-                    self.last_write[self.root(target)] = node
-
-    def root(self, node: fx.Node) -> fx.Node:
-        """The representative of the values that may share storage with `node`."""
-        if node not in self.parent:
-            self.parent[node] = node
-            if node.op == "call_function" and not _plain(node.target):
-                for other in ir.aliased_arguments(node):
-                    self.unite(node, other)
-        while self.parent[node] is not node:
-            self.parent[node] = self.parent[self.parent[node]]
-            node = self.parent[node]
-        return node
-
-    def unite(self, node: fx.Node, other: fx.Node) -> None:
-        a, b = self.root(node), self.root(other)
-        if a is b:
-            return
-        self.parent[a] = b
-        for marks in (self.external, self.escaping):
-            if a in marks:
-                marks.add(b)
-        if a in self.last_write:
-            self.last_write[b] = max(self.last_write[a], self.last_write.get(b, self.last_write[a]))
-
-    def frozen(self, node: fx.Node) -> bool:
-        """Whether a write happens at or after `node` to the storage it makes or reads."""
-        if not self.last_write:
-            return False
-        for value in (node, *node.all_input_nodes):
-            write = self.last_write.get(self.root(value))
-            if write is not None and not write < node:
-                return True
-        return False
 
 
 class Editor:
@@ -236,7 +165,7 @@ class Editor:
         return value
 
     def like(self, x: fx.Node) -> Tensor | None:
-        """The value of an elementwise operator of `x` that keeps its dtype, None where that has to be tried."""
+        """The value of an elementwise operator of `x` that keeps its dtype, None where only a run tells."""
         val = x.meta["val"]
         return val if is_dense(val) else None
 
@@ -251,7 +180,7 @@ class Editor:
 
     def value(self, like: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The fake result of a call, run once for all operands of equal type and layout."""
-        described = _describe([args, kwargs])
+        described = describe([args, kwargs])
         key = (target, described, like.meta.get("regions", ()))
         if key not in self._values:
             self._values[key] = ir.fake_result(self.graph, like, target, args, kwargs)
@@ -275,9 +204,9 @@ class Editor:
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put `new` in the place of `node` and erase what nothing reads any more."""
         old, val = node.meta.get("val"), new.meta.get("val")
-        if isinstance(old, Tensor) and isinstance(val, Tensor) and old is not val:
-            if not same_strides(old, val):
-                self.relaid.add(new)
+        both = isinstance(old, Tensor) and isinstance(val, Tensor) and old is not val
+        if both and not same_strides(old, val):
+            self.relaid.add(new)
         node.replace_all_uses_with(new)
         self.erase(node)
 
@@ -396,90 +325,3 @@ _CONSTANT_OPS = {
     aten.scalar_tensor.default, aten.full.default, aten.to.dtype, aten._to_copy.default,
     aten.pow.Tensor_Scalar, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor,
 }  # fmt: skip
-
-
-# -- values ----------------------------------------------------------------------------------------
-
-
-def is_tensor(arg: Any) -> bool:
-    """Whether the argument is a node that computes one tensor."""
-    return isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)
-
-
-def is_float(node: fx.Node) -> bool:
-    """Whether the value is a real floating tensor."""
-    return bool(node.meta["val"].dtype.is_floating_point)
-
-
-def dtype(node: fx.Node) -> torch.dtype:
-    """The dtype of the tensor that `node` computes."""
-    return node.meta["val"].dtype
-
-
-def rank(node: fx.Node) -> int:
-    """How many dimensions the tensor that `node` computes has."""
-    return int(node.meta["val"].dim())
-
-
-def close(a: float | None, b: float, node: fx.Node) -> bool:
-    """Whether a written-out constant stands for `b` in the precision of the node's dtype."""
-    tolerance = 1e-15 if dtype(node) is torch.float64 else 2e-7
-    return a is not None and math.isclose(a, b, rel_tol=4 * tolerance)
-
-
-def _describe(arg: Any) -> Any:
-    """A hashable that is equal for arguments that a fake run cannot tell apart."""
-    if isinstance(arg, fx.Node):
-        return _describe(arg.meta["val"])
-    if isinstance(arg, Tensor):
-        layout = tuple(expr(s) for s in (*arg.shape, *arg.stride())) if arg.layout is torch.strided else id(arg)
-        return layout, arg.dtype, arg.device, arg.requires_grad
-    if isinstance(arg, (list, tuple)):
-        return tuple(_describe(a) for a in arg)
-    if isinstance(arg, dict):
-        return tuple((k, _describe(v)) for k, v in sorted(arg.items()))
-    return expr(arg) if isinstance(arg, torch.SymInt) else (type(arg), repr(arg))
-
-
-def power_of_two(x: float | int) -> bool:
-    """Whether multiplying by `x` only shifts the exponent."""
-    return x != 0 and math.isfinite(x) and abs(math.frexp(x)[0]) == 0.5
-
-
-def same_strides(a: Tensor, b: Tensor) -> bool:
-    """Whether two values of one shape are laid out alike, as far as expressions tell."""
-    return all(
-        _same(expr(s), expr(t))
-        for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True)
-        if expr(n) != 1
-    )
-
-
-def _same(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether two strides are one; where their forms differ (`Min(6, 6*s0)`), by trying primes for sizes."""
-    if a == b:
-        return True
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    tries = ([sympy.prime(7 * k + i + 3) for i in range(len(symbols))] for k in (1, 5))
-    return bool(symbols) and all(
-        a.subs(at) == b.subs(at) for at in (dict(zip(symbols, t, strict=True)) for t in tries)
-    )
-
-
-def is_dense(val: Tensor) -> bool:
-    """Whether the value is laid out row by row, as far as expressions tell."""
-    step: sympy.Expr = sympy.Integer(1)
-    for size, stride in zip(reversed(val.shape), reversed(val.stride()), strict=True):
-        n = expr(size)
-        if n == 1:
-            continue
-        if not _same(expr(stride), step):
-            return False
-        step = step * n
-    return True
-
-
-def under_autocast(regions: Sequence[ir.Region]) -> bool:
-    """Whether autocast is on in a tuple of regions."""
-    inner = [r for r in regions if r.kind == "autocast"]
-    return bool(inner) and any(r.args[2] for r in inner)

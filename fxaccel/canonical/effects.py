@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel import ir
-from fxaccel.canonical.editor import BY, Editor, same_strides
+from fxaccel.canonical.editor import BY, Editor
+from fxaccel.canonical.values import same_strides
 
 # Operators besides the elementwise ones whose in-place form only names where the result goes.
 _ALSO = {"masked_fill", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from fxaccel.canonical.editor import Editor, aten, is_dense, is_tensor, on, rank
+from fxaccel.canonical.editor import Editor, aten, on
 from fxaccel.canonical.shape import common_suffix
+from fxaccel.canonical.values import is_dense, is_tensor, rank
 from fxaccel.ir import is_random
 
 # Elementwise operators of one tensor (and numbers): a reshape before them is written after them.

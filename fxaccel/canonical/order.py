@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel import ir
-from fxaccel.canonical.editor import Editor, Storage, aten, is_dense, is_pure, same_strides
+from fxaccel.canonical.editor import Editor, aten
+from fxaccel.canonical.storage import Storage, is_pure
+from fxaccel.canonical.values import is_dense, same_strides
 from fxaccel.ir import Program, target_name
 
 COMMUTING = {

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from fxaccel.canonical.editor import Editor, aten, on, rank
+from fxaccel.canonical.editor import Editor, aten, on
+from fxaccel.canonical.values import rank
 
 _SPLITS = (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
            aten.tensor_split.sections, aten.unsafe_chunk.default, aten.unsafe_split.Tensor)  # fmt: skip
@@ -21,7 +22,7 @@ def _dim(node: fx.Node, i: int) -> int:
 
 @on(*_SPLITS, autocast=True)
 def splitting(e: Editor, node: fx.Node) -> fx.Node | None:
-    """Parts that are all used are `split.Tensor` if equal, else `split_with_sizes`; other parts are slices."""
+    """Parts all used are `split.Tensor` if equal, else `split_with_sizes`; other parts are slices."""
     x, d = node.args[0], _dim(node, 2)
     widths = [e.shape_of(v)[d] for v in node.meta["val"]]
     used = {u.args[1]: u for u in node.users if u.target is operator.getitem}

@@ -9,18 +9,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from fxaccel.canonical.editor import (
-    Editor,
-    aten,
-    dtype,
-    is_dense,
-    is_float,
-    is_tensor,
-    on,
-    power_of_two,
-    rank,
-)
+from fxaccel.canonical.editor import Editor, aten, on
 from fxaccel.canonical.shape import broadcast_shape, narrower
+from fxaccel.canonical.values import dtype, is_dense, is_float, is_tensor, power_of_two, rank
 
 _VIEWS = (aten.permute.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims,
           aten.expand.default)  # fmt: skip
@@ -302,7 +293,8 @@ def _contract(
     )
     sides = []
     for x, have, groups, merged in plan:
-        side = _grouped(e, node, _permuted(e, node, x, have, [c for g in groups for c in g]), groups, merged, size)
+        turned = _permuted(e, node, x, have, [c for g in groups for c in g])
+        side = _grouped(e, node, turned, groups, merged, size)
         if side is None:
             return None
         sides.append(side)

@@ -6,17 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxaccel.canonical.editor import (
-    Editor,
-    Shape,
-    aten,
-    dtype,
-    is_dense,
-    is_tensor,
-    on,
-    rank,
-    same_strides,
-)
+from fxaccel.canonical.editor import Editor, Shape, aten, on
+from fxaccel.canonical.values import dtype, is_dense, is_tensor, rank, same_strides
 
 # -- permuting -------------------------------------------------------------------------------------
 
