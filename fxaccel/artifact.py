@@ -330,6 +330,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     if _digest(header["fxaccel"], tensors) != header.get("sha256"):
         raise ArtifactError(f"{name} is damaged: its checksum does not match", "save the model again")
     content = json.loads(header["fxaccel"])
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{name} describes no model", "expected a file that fast.save() wrote")
     if content.get("format") != FORMAT:
         raise ArtifactError(
             f"{name} has format {content.get('format')!r}, this version reads {FORMAT}",
@@ -367,6 +369,9 @@ def _module(content: dict[str, Any], tensors: dict[str, Tensor]) -> AcceleratedM
     fast = wrap(tree, settings)
     for data in content["captures"]:
         one = _load_capture(data, tensors)
+        for slot in one.program.state.values():
+            if slot.kind != "constant":
+                {"parameter": fast.get_parameter, "buffer": fast.get_buffer}[slot.kind](slot.name)
         one.bind(fast, sum(map(len, session_captures.values())), "python")
         session_captures.setdefault(_key(data["key"], one.program), []).append(one)
     session: Session = fast.__dict__["_fxaccel"]
@@ -416,6 +421,9 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
         hints=dict(data["hints"]), contiguous=frozenset(data["contiguous"]),
         training=data["training"], grad=data["grad"], notes=list(data["notes"]),
     )  # fmt: skip
+    placeholders = {n.name for n in root.graph.find_nodes(op="placeholder")}
+    if placeholders != {*program.state, *(n for n in program.inputs if n is not None)}:
+        raise ValueError("inputs and state are not those of the graph")
     manifest = Manifest()
     for entry in data["proofs"]:
         p, c = entry["proof"], entry["claim"]
@@ -558,7 +566,14 @@ def _guard(text: str, sizes: dict[str, Any]) -> str:
 
 def _load_region(data: list[Any]) -> Region:
     kind, index, args = data
-    return Region(str(kind), int(index), tuple(_load_value(a, {}) for a in args))
+    loaded = tuple(_load_value(a, {}) for a in args)
+    types_of = {"grad": (bool,), "autocast": (str, (torch.dtype, type(None)), bool, bool)}.get(kind, ())
+    fit = len(loaded) == len(types_of) and all(map(isinstance, loaded, types_of))
+    if kind == "autocast" and fit:
+        torch.device(loaded[0])  # raises for what is no device
+    if kind not in ("grad", "autocast", "checkpoint", "stage") or not fit:
+        raise ValueError(f"a region of kind {kind!r} with {args!r}")
+    return Region(kind, int(index), loaded)
 
 
 def _load_replacement(data: dict[str, Any]) -> Replacement:

@@ -69,6 +69,10 @@ class _Result:
         self.assigned: list[str] = []
 
 
+class _Untraceable(Exception):
+    """Carries what the model raised while it was traced, as its cause."""
+
+
 class _FlatCall(nn.Module):
     """The module as a function of its tensor inputs alone; all else of the call is baked in."""
 
@@ -87,7 +91,10 @@ class _FlatCall(nn.Module):
                 device, dtype, enabled, cache = region.args
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache))
             given = objects((args, kwargs))
-            result = self.model(*args, **kwargs)
+            try:
+                result = self.model(*args, **kwargs)
+            except RuntimeError as error:  # of those, export prints the partial graph to stderr
+                raise _Untraceable from error
         leaves, self.result.spec = flatten(
             (result, [dict(vars(g)) for g in given]), given, belongings(self.model)
         )
@@ -202,7 +209,8 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         except CaptureError:
             raise
         except Exception as error:
-            failures.append(error)
+            cause = error.__cause__ if isinstance(error, _Untraceable) else error
+            failures.append(cause or error)
     else:
         raise explain(failures[-1])
     program = _program(exported, wrapper, example, module)

@@ -180,12 +180,12 @@ class _Emitter:
 
     def header(self, region: Region) -> str:
         if region.kind == "grad":
-            return f"with torch.set_grad_enabled({region.args[0]}):"
+            return f"with torch.set_grad_enabled({bool(region.args[0])}):"
         if region.kind == "autocast":
             device, dtype, enabled, cache = region.args
             return (
-                f"with torch.autocast({device!r}, dtype={self.argument(dtype)}, enabled={enabled}, "
-                f"cache_enabled={cache}):"
+                f"with torch.autocast({device!r}, dtype={self.argument(dtype)}, enabled={bool(enabled)}, "
+                f"cache_enabled={bool(cache)}):"
             )
         return f"if True:  # {region}"
 
@@ -223,6 +223,7 @@ class _Emitter:
         where = "  ".join(
             w for w in (node.meta.get("path"), node.meta.get("source"), node.meta.get("by")) if w
         )
+        where = "".join(c if c.isprintable() else " " for c in where)  # a comment ends with its line
         return f"{text}  # {where}" if where else text
 
     def delete(self, dead: list[fx.Node]) -> str:

@@ -106,8 +106,8 @@ def _scores(
         else:
             bias = tl.load(bias_ptr + at, inside, other=0.0).to(tl.float32)
             shut = bias == float("-inf")
-            bias = tl.maximum(bias * LOG2E, LOWEST)  # finfo.min times log2(e) is out of range
-            s = tl.where(shut, float("-inf"), tl.maximum(s + bias, LOWEST))
+            # finfo.min times log2(e) is out of range, yet a key to be seen if there is no other
+            s = tl.where(shut, float("-inf"), tl.maximum(s + bias * LOG2E, LOWEST))
     if MASKED:
         seen = edge + n < T
         if CAUSAL:

@@ -199,7 +199,7 @@ def _bias_gradient(
     if causal:
         s.masked_fill_(torch.ones_like(s, dtype=torch.bool).triu_(1), -torch.inf)
     p = s.sub_(lse.unsqueeze(-1)).exp_()
-    p.masked_fill_(p.isnan(), 0.0)  # exp(-inf - -inf): a row that sees no key
+    p.masked_fill_(p.isnan(), 0.0)  # a row that sees no key, where PyTorch's lse of it is -inf
     dout = dout.to(f)
     delta = (dout * out).sum(-1, keepdim=True)
     return p.mul_((dout @ v.mT).sub_(delta)).sum_to_size(bias.shape)

@@ -15,13 +15,17 @@ from fxaccel.capture import capture
 from fxaccel.evaluate import run, run_nodes
 from fxaccel.ir import Program, expr
 from fxaccel.listing import lines, listing
+from tests import spellings_attention  # noqa: F401  (adds to the table)
 from tests.spellings import IDIOMS, Function, Idiom, Written
 
 # -- what the tests ask ----------------------------------------------------------------------------
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def state_of(program: Program, module: nn.Module) -> dict[str, Tensor]:
@@ -34,7 +38,10 @@ def state_of(program: Program, module: nn.Module) -> dict[str, Tensor]:
 
 def text(program: Program) -> str:
     """The listing without where each node came from."""
-    bare = [f"{' '.join(line.results)} = {line.op}({line.args}) : {line.type}" for _, line in lines(program, ends=True)]
+    bare = [
+        f"{' '.join(line.results)} = {line.op}({line.args}) : {line.type}"
+        for _, line in lines(program, ends=True)
+    ]
     return "\n".join(bare)
 
 
@@ -58,17 +65,28 @@ def larger(program: Program, inputs: list[Tensor], grow: int) -> list[Tensor]:
 def results(program: Program, state: dict[str, Tensor], leaves: list[Tensor], *, double: bool = True):
     """Outputs and the gradients of a weighted sum of them, in double precision."""
     cast = (lambda t: t.detach().double()) if double else (lambda t: t.detach().clone())
-    state = {k: cast(v).requires_grad_(v.requires_grad) if v.is_floating_point() else v.clone() for k, v in state.items()}
+    state = {
+        k: cast(v).requires_grad_(v.requires_grad) if v.is_floating_point() else v.clone()
+        for k, v in state.items()
+    }
     leaves = [cast(x).requires_grad_() if x.is_floating_point() else x for x in leaves]
     torch.manual_seed(7)
     outputs = run(program, state, leaves, double=double)
-    total = sum((o * torch.arange(o.numel()).view(o.shape).cos()).sum() for o in outputs if o.is_floating_point())
+    total = sum(
+        (o * torch.arange(o.numel()).view(o.shape).cos()).sum() for o in outputs if o.is_floating_point()
+    )
     wanted = [t for t in (*state.values(), *leaves) if t.requires_grad]
-    gradients = torch.autograd.grad(total, wanted, allow_unused=True) if isinstance(total, Tensor) and total.requires_grad else []
+    gradients = (
+        torch.autograd.grad(total, wanted, allow_unused=True)
+        if isinstance(total, Tensor) and total.requires_grad
+        else []
+    )
     return outputs, list(gradients)
 
 
-def check(module: nn.Module, inputs: list[Tensor], *, grow: tuple[int, ...] = (1, 3), tolerance: float = 1e-6) -> Program:
+def check(
+    module: nn.Module, inputs: list[Tensor], *, grow: tuple[int, ...] = (1, 3), tolerance: float = 1e-6
+) -> Program:
     """Canonicalize a captured call; values, gradients, dtypes, shapes and idempotence must hold."""
     before = capture(module, tuple(inputs), {})
     after = before.copy()
@@ -93,7 +111,9 @@ def _guards(program: Program):
     return []
 
 
-def _agree(before: Program, after: Program, module: nn.Module, leaves: list[Tensor], tolerance: float) -> None:
+def _agree(
+    before: Program, after: Program, module: nn.Module, leaves: list[Tensor], tolerance: float
+) -> None:
     state = state_of(before, module)
     old, old_gradients = results(before, state, leaves)
     new, new_gradients = results(after, state, leaves)
@@ -117,13 +137,22 @@ def _metadata(before: Program, after: Program, module: nn.Module, leaves: list[T
     run_nodes(body, env, after.root)
     symbols = {s: leaves[i].shape[d] for s, (i, d) in after.sizes.items()}
     for node in body:
-        for real, fake in zip(pytree.tree_leaves(env[node]), pytree.tree_leaves(node.meta["val"]), strict=True):
+        for real, fake in zip(
+            pytree.tree_leaves(env[node]), pytree.tree_leaves(node.meta["val"]), strict=True
+        ):
             if isinstance(real, Tensor):
                 assert real.dtype == fake.dtype, node.format_node()
                 assert list(real.shape) == [_at(s, symbols) for s in fake.shape], node.format_node()
-                strides = [(a, _at(b, symbols)) for a, b, n in zip(real.stride(), fake.stride(), real.shape, strict=True) if n > 1]
+                strides = [
+                    (a, _at(b, symbols))
+                    for a, b, n in zip(real.stride(), fake.stride(), real.shape, strict=True)
+                    if n > 1
+                ]
                 assert all(a == b for a, b in strides), f"{node.format_node()}: {strides}"
-    old, new = run(before, state_of(before, module), list(leaves)), run(after, state_of(after, module), list(leaves))
+    old, new = (
+        run(before, state_of(before, module), list(leaves)),
+        run(after, state_of(after, module), list(leaves)),
+    )
     for a, b in zip(pytree.tree_leaves(old), pytree.tree_leaves(new), strict=True):
         if not isinstance(a, Tensor):
             assert a == b
@@ -154,9 +183,7 @@ def form(idiom: Idiom) -> str:
 
 
 def cases(kind: str):
-    return [
-        pytest.param(i, f, id=f"{i.name}-{n}") for i in IDIOMS for n, f in enumerate(getattr(i, kind))
-    ]
+    return [pytest.param(i, f, id=f"{i.name}-{n}") for i in IDIOMS for n, f in enumerate(getattr(i, kind))]
 
 
 @pytest.mark.parametrize(("idiom", "function"), cases("same"))
@@ -182,7 +209,9 @@ def test_enough_spellings():
 # -- traps -----------------------------------------------------------------------------------------
 
 
-def canonical_of(function: Function, *inputs: Tensor, train: bool = True, **state: tuple[int, ...]) -> Program:
+def canonical_of(
+    function: Function, *inputs: Tensor, train: bool = True, **state: tuple[int, ...]
+) -> Program:
     """The canonical form of a function, its values checked."""
     module = Written(function, state).train(train)
     return check(module, list(inputs) or [torch.randn(2, 5, 12)])
@@ -308,7 +337,9 @@ def test_autocast_keeps_its_casts():
     before = capture(Written(function, {"w": (12, 12), "b": (12,)}), (torch.randn(2, 5, 12),), {})
     after = before.copy()
     canonicalize(after)
-    assert [n.meta["val"].dtype for n in after.graph.nodes if n.op == "call_function" and "linear" in n.name] == [torch.bfloat16]
+    assert [
+        n.meta["val"].dtype for n in after.graph.nodes if n.op == "call_function" and "linear" in n.name
+    ] == [torch.bfloat16]
     state, x = state_of(before, Written(function, {"w": (12, 12), "b": (12,)})), torch.randn(3, 4, 12)
     for a, b in zip(run(before, state, [x]), run(after, state, [x]), strict=True):
         assert a.dtype == b.dtype
@@ -328,7 +359,9 @@ def test_casts_of_a_norm(dtype: torch.dtype):
     assert ops(program) == want
 
 
-@pytest.mark.parametrize(("dtype", "ops_"), [(torch.float16, ["mul.Tensor", "matmul"]), (torch.bfloat16, ["matmul", "mul.Tensor"])])
+@pytest.mark.parametrize(
+    ("dtype", "ops_"), [(torch.float16, ["mul.Tensor", "matmul"]), (torch.bfloat16, ["matmul", "mul.Tensor"])]
+)
 def test_scales_in_half_precision(dtype: torch.dtype, ops_: list[str]):
     """In float16 the product of unscaled operands could overflow, in bfloat16 it cannot."""
     q, k = torch.randn(2, 3, 5, 4).to(dtype), torch.randn(2, 3, 4, 5).to(dtype)

@@ -87,7 +87,7 @@ def expand_after(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     x, sizes = wide[0].args
     inner = e.call(node, node.target, *(x if a is wide[0] else a for a in node.args), **node.kwargs)
-    return e.call(node, aten.expand.default, inner, sizes, val=node.meta["val"])
+    return e.call(node, aten.expand.default, inner, sizes)
 
 
 @on(aten.reshape.default)

@@ -148,24 +148,32 @@ def sort_operands(e: Editor) -> int:
     return changed
 
 
+_FOLLOWING = {aten.softmax.int, aten.log_softmax.int, aten.dropout.default, aten.cumsum.default,
+              aten.clone.default, aten.scaled_dot_product_attention.default, operator.getitem}  # fmt: skip
+
+
 def lay_out(e: Editor) -> int:
     """Bring strides in `meta["val"]` up to date behind the edits that changed a layout; how many changed."""
     changed: set[fx.Node] = set()
     for node in e.graph.nodes if e.relaid else ():
-        if node.op != "call_function" or not (node in e.relaid or changed.intersection(node.all_input_nodes)):
-            continue
-        old = ir.tensors(node.meta.get("val"))
-        runs = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        if not old or not runs:
+        if not changed.intersection(node.all_input_nodes) or not _follows(node.target):
+            changed.update({node} & e.relaid)
             continue
         new = e.value(node, node.target, node.args, dict(node.kwargs))
-        if not all(same_strides(a, b) for a, b in zip(ir.tensors(new), old, strict=True)):
+        pairs = zip(ir.tensors(new), ir.tensors(node.meta["val"]), strict=True)
+        if node in e.relaid or not all(same_strides(a, b) for a, b in pairs):
             node.meta["val"] = new
-            changed.add(node)
-        elif node in e.relaid:
             changed.add(node)
     e.relaid.clear()
     return len(changed)
+
+
+def _follows(target: Any) -> bool:
+    """Whether results of an operator are laid out like its operands: views and elementwise operators."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target in _FOLLOWING
+    views = any(r.alias_info for r in target._schema.returns)
+    return views or torch.Tag.pointwise in target.tags or target in _FOLLOWING
 
 
 # -- nodes -----------------------------------------------------------------------------------------
