@@ -304,7 +304,6 @@ CHANGES = {
     "size of an input": lambda c, e: next(
         n for n in c["captures"][0]["graph"]["nodes"] if n["name"] == c["captures"][0]["inputs"][0]
     )["val"].update(shape=[e, 3]),
-    "size of a value": lambda c, e: call_node(c)["val"].update(shape=[e, 3]),
     "missing node": lambda c, e: call_node(c).update(args={"tuple": [{"node": "nowhere"}]}),
     "missing tensor": lambda c, e: c["state"][0].update(name="nothing.weight", same_as="nothing.weight"),
     "state name": lambda c, e: c["captures"][0].update(state={"x": ["parameter", e]}),

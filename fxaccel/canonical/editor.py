@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import sympy
@@ -183,8 +184,16 @@ class Editor:
         described = describe([args, kwargs])
         key = (target, described, like.meta.get("regions", ()))
         if key not in self._values:
-            self._values[key] = ir.fake_result(self.graph, like, target, args, kwargs)
+            with self._unguarded():
+                self._values[key] = ir.fake_result(self.graph, like, target, args, kwargs)
         return self._values[key]
+
+    def _unguarded(self) -> AbstractContextManager[None]:
+        """While it is open, fake runs leave no conditions on sizes behind."""
+        mode = ir.fake_mode(self.graph)
+        if mode is None or mode.shape_env is None:
+            return nullcontext()
+        return mode.shape_env.suppress_guards()  # type: ignore[no-any-return]
 
     def forward(self, node: fx.Node, to: fx.Node) -> fx.Node | None:
         """`to` for the place of `node`, None where an output would newly be an alias."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel import ir
-from fxaccel.canonical.editor import BY, Editor
+from fxaccel.canonical.editor import Editor
 from fxaccel.canonical.values import same_strides
 
 # Operators besides the elementwise ones whose in-place form only names where the result goes.
@@ -79,8 +79,7 @@ def _free(node: fx.Node, base: fx.Node, group: list[fx.Node]) -> bool:
 def _replace(e: Editor, node: fx.Node, base: fx.Node) -> fx.Node | None:
     """Put the out-of-place form in, and let later readers of `base` read it."""
     target = functional(node.target)
-    with e.graph.inserting_before(node):
-        new = ir.call(e.graph, node, target, node.args, dict(node.kwargs), by=BY)
+    new = e.call(node, target, *node.args, **node.kwargs)
     result, same = new.meta["val"], base.meta["val"]
     alike = isinstance(result, Tensor) and e.shape_of(result) == e.shape_of(same)
     if not alike or result.dtype != same.dtype or not same_strides(result, same):

@@ -16,6 +16,8 @@ ELEMENTWISE = {
     aten.erf.default, aten.dropout.default, aten.to.dtype, aten.abs.default, aten.log.default,
     aten.reciprocal.default, aten.clamp.default, aten.leaky_relu.default, aten.elu.default,
     aten.softplus.default, aten.hardswish.default, aten.mish.default, aten.sin.default, aten.cos.default,
+    aten.eq.Scalar, aten.ne.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar,
+    aten.bitwise_not.default, aten.rsub.Scalar,
 }  # fmt: skip
 _WITH_NUMBER = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
@@ -48,6 +50,17 @@ def reshape_after(e: Editor, node: fx.Node) -> fx.Node | None:
         args[0] = rank(x) - 1
     inner = e.call(node, node.target, x, *args, val=_value_before(e, node, x), **node.kwargs)
     return e.call(node, aten.reshape.default, inner, sizes, val=node.meta["val"])
+
+
+@on(*(ELEMENTWISE - {aten.dropout.default}), *_WITH_NUMBER)
+def unsqueeze_after(e: Editor, node: fx.Node) -> fx.Node | None:
+    """Sizes of 1 are added and dropped after elementwise operators, not before."""
+    wide = node.args[0]
+    if not e.once(wide, aten.unsqueeze.default, aten.squeeze.dims) or len(node.all_input_nodes) != 1:
+        return None
+    x, where = wide.args
+    inner = e.call(node, node.target, x, *node.args[1:], **node.kwargs)
+    return e.call(node, wide.target, inner, where)
 
 
 @on(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
