@@ -63,7 +63,7 @@ def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -
     """Run both on `example` (nothing that it holds is written to) and compare all that is seen."""
 
     def emitted(tree: nn.Module, leaves: tuple[Tensor, ...]) -> Any:
-        forward = capture.code.bind(tree, "<fxaccel check>")["forward"]
+        forward = capture.functions(tree, "<fxaccel check>")["forward"]
         args, kwargs = example.unflatten(leaves)
         given = objects((args, kwargs))
         value = deliver(forward(*leaves), capture.program.out_spec, given)

@@ -19,7 +19,7 @@ from fxaccel.pieces import Pieces
 from fxaccel.proof import Claim
 from fxaccel.report import Report
 from fxaccel.session import Capture, Session
-from fxaccel.structure import Given, Kept, Opened, Structure
+from fxaccel.structure import Given, Kept, Opened, Structure, children
 
 FUNCTIONS = {
     f"{f.__module__.lstrip('_')}.{f.__name__}": f
@@ -239,11 +239,11 @@ def _special(special: Kept | Given | Opened) -> dict[str, Any]:
 def _tree(spec: pytree.TreeSpec) -> Any:
     if spec.is_leaf():
         return "*"
-    children = [_tree(spec.child(i)) for i in range(spec.num_children)]
+    inner = [_tree(c) for c in children(spec)]
     if spec.type in (list, tuple):
-        return {spec.type.__name__: children}
-    if not isinstance(spec.context, (list, tuple)) or len(spec.context) != len(children):
+        return {spec.type.__name__: inner}
+    if not isinstance(spec.context, (list, tuple)) or len(spec.context) != len(inner):
         raise ArtifactError(f"a {spec.type.__name__} in the arguments or results cannot be saved")
-    return {"keys": list(spec.context), "type": _class_name(spec.type), "values": children}
+    return {"keys": list(spec.context), "type": _class_name(spec.type), "values": inner}
 
 

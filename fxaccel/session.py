@@ -25,7 +25,7 @@ from fxaccel.pieces import Pieces
 from fxaccel.proof import Manifest, Proof, materialise
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
-from fxaccel.structure import Structure, deliver
+from fxaccel.structure import Structure, children, deliver
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Capture:
     fits: Any = None
     forward: Any = None
     result: Any = None
+    backend: str = "python"
 
     @property
     def source(self) -> str:
@@ -79,11 +80,17 @@ class Capture:
 
     def bind(self, module: nn.Module, index: int, backend: str) -> None:
         """Make the functions over the tables of `module`."""
-        names = self.code.bind(module, f"<fxaccel {type(module).__name__} {index}>")
+        self.backend = backend
+        names = self.functions(module, f"<fxaccel {type(module).__name__} {index}>")
         self.accepts, self.fits, self.forward = names["accepts"], names["fits"], names["forward"]
-        if backend == "inductor":
-            self.forward = torch.compile(self.forward, dynamic=True)
         self.result = _unflattener(self.program.out_spec)
+
+    def functions(self, module: nn.Module, filename: str) -> dict[str, Any]:
+        """`accepts`, `fits` and `forward` over the tables of any tree like the model's."""
+        names = self.code.bind(module, filename)
+        if self.backend == "inductor":
+            names["forward"] = torch.compile(names["forward"], dynamic=True)
+        return names
 
 
 @dataclass(frozen=True)
@@ -392,7 +399,7 @@ class Session:
 
 def _unflattener(spec: Structure) -> Any:
     """The result of a call from its flat leaves, the short way where it is one tensor."""
-    if not spec.special and spec.spec.child(0).is_leaf():
+    if not spec.special and children(spec.spec)[0].is_leaf():
         return operator.itemgetter(0)
     return lambda leaves: spec.unflatten(leaves)[0]
 

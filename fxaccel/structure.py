@@ -22,6 +22,11 @@ from fxaccel.errors import CaptureError
 PLAIN = (type(None), bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
+def children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """The parts of a tree's structure, in any version of torch."""
+    return spec.children() if hasattr(spec, "children") else spec.children_specs
+
+
 @dataclass(frozen=True)
 class Kept:
     """An object that is handed over as it is."""

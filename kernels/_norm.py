@@ -19,6 +19,8 @@ from fxaccel.kernels import _rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+WIDE = (torch.float32, torch.float64)  # computed in as they are
+
 aten = torch.ops.aten
 
 
@@ -56,20 +58,19 @@ def compose_rms(
     x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False
 ) -> tuple[Tensor, Tensor]:
     """y, and rstd as [..., 1]."""
-    f = x.to(statistics(x.dtype)).contiguous()
+    f = x if x.dtype in WIDE else x.float()  # x.to, even to its own dtype, costs as much as an operator
+    if not f.is_contiguous():
+        f = f.contiguous()
     if not f.numel():
         return torch.empty_like(f, dtype=x.dtype), f.new_empty((*f.shape[:-1], 1))
     norm = torch.linalg.vector_norm(f, 2, -1, True)
     rstd = _constant(eps, f.dtype, f.device).addcmul(norm, norm, value=1 / f.shape[-1]).rsqrt_()
-    if f.dtype == x.dtype:
-        y = f * rstd  # f may be x itself
-    else:
-        y = f.mul_(rstd)
-        if round_first:
-            y = y.to(x.dtype).to(f.dtype)
+    y = f * rstd if f is x else f.mul_(rstd)
+    if round_first and f.dtype != x.dtype:
+        y = y.to(x.dtype).to(f.dtype)
     if w is not None:
         y.mul_(w.to(f.dtype) + offset if offset else w)
-    return y.to(x.dtype), rstd
+    return y if f.dtype == x.dtype else y.to(x.dtype), rstd
 
 
 def compose_layer(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

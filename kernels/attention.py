@@ -321,9 +321,7 @@ _operator.count_flops(
 )
 
 
-def direct(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def direct(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """The op on CPU tensors, past the dispatcher where torch's own operator means the same."""
     if scale <= 0 or (bias is not None and bias.dtype not in (torch.bool, q.dtype)):
         return op(q, k, v, bias, causal, scale)

@@ -67,9 +67,7 @@ _norm.register(
 )
 
 
-def direct(
-    x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False
-) -> Tensor:
+def direct(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False) -> Tensor:
     """The op on a CPU tensor, past the dispatcher where no gradient is wanted."""
     if torch.is_grad_enabled() and (x.requires_grad or (w is not None and w.requires_grad)):
         return op(x, w, eps, offset, round_first)

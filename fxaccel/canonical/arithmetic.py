@@ -302,17 +302,24 @@ def double_not(e: Editor, node: fx.Node) -> fx.Node | None:
     x = node.args[0]
     if e.at(x, aten.bitwise_not.default):
         return e.forward(node, x.args[0])
-    opposite = _OPPOSITE.get(x.target)
-    if opposite is None or not e.at(x) or any(is_tensor(a) and is_float(a) for a in x.args):
+    return _opposite(e, node, x)
+
+
+def _opposite(e: Editor, node: fx.Node, condition: fx.Node) -> fx.Node | None:
+    """The comparison that holds where a comparison of integers does not, None where it is none."""
+    opposite = _OPPOSITE.get(condition.target)
+    if opposite is None or not e.at(condition):
         return None
-    return e.call(node, opposite, *x.args, val=node.meta["val"])
+    if any(is_tensor(a) and is_float(a) for a in condition.args):
+        return None  # nothing compares with NaN
+    return e.call(node, opposite, *condition.args, val=condition.meta["val"])
 
 
 _OPPOSITE = {
     aten.eq.Scalar: aten.ne.Scalar, aten.ne.Scalar: aten.eq.Scalar, aten.gt.Scalar: aten.le.Scalar,
     aten.le.Scalar: aten.gt.Scalar, aten.lt.Scalar: aten.ge.Scalar, aten.ge.Scalar: aten.lt.Scalar,
     aten.eq.Tensor: aten.ne.Tensor, aten.ne.Tensor: aten.eq.Tensor, aten.gt.Tensor: aten.le.Tensor,
-    aten.ge.Tensor: aten.lt.Tensor,
+    aten.ge.Tensor: aten.lt.Tensor, aten.gt.Tensor: aten.le.Tensor,
 }  # fmt: skip
 
 
@@ -347,7 +354,7 @@ def filling(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @on(*_CHOICES, autocast=True)
 def choice(e: Editor, node: fx.Node) -> fx.Node | None:
-    """The condition of `where` is never a `not`; a constant 0-d tensor in it is a number."""
+    """No `not` in the condition of `where`; a comparison there holds where the tensor is kept."""
     condition, a, b = node.args
     val = node.meta["val"]
     if e.at(condition, aten.bitwise_not.default):
@@ -356,6 +363,9 @@ def choice(e: Editor, node: fx.Node) -> fx.Node | None:
         if is_tensor(x) and is_tensor(c) and rank(x) and _same_type(node, x) and dtype(x) == dtype(c):
             number = e.number(c)
             a, b = (number if number is not None and y is c else y for y in (a, b))
+    if not is_tensor(a) and is_tensor(b) and len(condition.users) == 1:
+        turned = _opposite(e, node, condition)
+        a, b, condition = (b, a, turned) if turned is not None else (a, b, condition)
     if [condition, a, b] == list(node.args):
         return _float_choice(node)
     target = _CHOICES[(not is_tensor(a)) + 2 * (not is_tensor(b))]

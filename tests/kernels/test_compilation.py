@@ -52,7 +52,7 @@ def compiled(kernel, target, dtype, constants, warps, stages=None):
 
 
 def spills(kernel):
-    """What is spilled to memory, from ptxas -v or the AMD compiler's notes; scalars there spill to vectors."""
+    """What spills to memory, from ptxas -v or the AMD compiler's notes; scalars there spill to vectors."""
     if "ptx" not in kernel.asm:
         return sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])))
     ptx = kernel.asm["ptx"]
