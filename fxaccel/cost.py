@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from fxaccel.ir import Program, arguments, expr, is_tensor, value_of
 
 aten = torch.ops.aten
+PER_ELEMENT = 16  # FLOPs an output element up to which a custom operator is no product: ATen's norms count 0
 
 
 def flops(program: Program) -> sympy.Expr:
@@ -40,8 +41,11 @@ def node_flops(node: fx.Node) -> sympy.Expr:
     packet = getattr(node.target, "overloadpacket", None)
     if packet in flop_registry:
         args, kwargs = value_of(node.args), value_of(dict(node.kwargs))
-        count = flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])
-        return expr(count)
+        val = node.meta["val"]
+        count = expr(flop_registry[packet](*args, **kwargs, out_val=val))
+        share = sympy.cancel(count / _size((val[0] if isinstance(val, (tuple, list)) else val).shape))
+        if node.target.namespace == "aten" or not (share.is_number and share <= PER_ELEMENT):
+            return count
     return sympy.Integer(0)
 
 

@@ -283,7 +283,7 @@ class _Local:
                 self.seen.add((name, root))
                 self.driver.record.near_misses.append(self.driver._site(root, found.why, name))
             return []
-        why = [*self.obstacles(found)] or _sentences(rule, found)
+        why = [*_sentences(rule, found), *self.obstacles(found)]
         if why:
             if (name, root) not in self.seen:
                 self.seen.add((name, root))

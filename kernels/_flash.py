@@ -12,6 +12,7 @@ Source     Dao 2023, "FlashAttention-2", arXiv:2307.08691; Milakov & Gimelshein 
            running softmax); Ainslie et al. 2023, arXiv:2305.13245 (grouped heads).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,23 +33,25 @@ class Config(NamedTuple):
     stages: int
 
 
-# The largest blocks without register spills, by head size up to 64, 128 and 256; a bias needs registers too.
+# Blocks without register spills, by head size up to 64, 128 and 256; a bias needs registers of its own.
 # tests/kernels/test_compilation.py holds each to it.
-NVIDIA = {
+HOPPER = {
     "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 8, 2)),
-    "forward, bias": (Config(128, 64, 8, 3), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    "forward, bias": (Config(64, 64, 8, 3), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     "keys": (Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
-    "keys, bias": (Config(32, 64, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    "keys, bias": (Config(32, 32, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     "queries": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
-    "queries, bias": (Config(64, 32, 4, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
-    "bias": (Config(64, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 16, 4, 1)),
+    "queries, bias": (Config(64, 32, 4, 1), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+    "bias": (Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 4, 1)),
 }
+AMPERE = HOPPER | {"forward": (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2))}
 AMD = {
     "forward": (Config(128, 64, 4, 1), Config(128, 32, 4, 1), Config(64, 32, 4, 1)),
     "keys": (Config(32, 64, 4, 1), Config(32, 64, 4, 1), Config(16, 32, 4, 1)),
     "queries": (Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
     "bias": (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
 }
+TABLES = {"hopper": HOPPER, "ampere": AMPERE, "amd": AMD}
 # fp32 products are three TF32 ones on NVIDIA: the tiles, split in two, spill registers above D = 64
 FLOAT32 = {
     "forward": (Config(32, 32, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
@@ -58,9 +61,18 @@ FLOAT32 = {
 }
 
 
-def choose(kernel: str, width: int, itemsize: int, biased: bool, amd: bool) -> Config:
+@lru_cache
+def chip(device: torch.device) -> str:
+    """The table of this device; the interpreter, on the CPU, takes the first."""
+    if torch.version.hip:
+        return "amd"
+    newer = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    return "hopper" if newer else "ampere"
+
+
+def choose(kernel: str, width: int, itemsize: int, biased: bool, chip: str) -> Config:
     """The blocks of "forward", "keys", "queries" or "bias" for heads of `width`, the wider of D and E."""
-    table = FLOAT32 if itemsize == 4 else AMD if amd else NVIDIA
+    table = FLOAT32 if itemsize == 4 else TABLES[chip]
     kernel = f"{kernel}, bias" if biased and f"{kernel}, bias" in table else kernel
     return table[kernel][(width > 64) + (width > 128)]
 
@@ -446,8 +458,8 @@ class _Problem:
 
     def config(self, kernel: str) -> Config:
         """The blocks of this kernel here."""
-        amd = torch.version.hip is not None
-        return choose(kernel, max(self.d, self.e), self.q.itemsize, self.bias is not None, amd)
+        width, biased = max(self.d, self.e), self.bias is not None
+        return choose(kernel, width, self.q.itemsize, biased, chip(self.q.device))
 
 
 def launch_forward(

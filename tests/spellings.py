@@ -353,6 +353,17 @@ def _at_least(i: Tensor, j: Tensor) -> Tensor:
     return (i * 3).long()[:, None].ge((j * 3).long())
 
 
+additive = idiom("an added mask", "where add", (B, S, S), (S,), (S,))
+additive.same += [
+    lambda m, x, i, j: x + torch.where(_at_least(i, j), torch.zeros(()), -9.0),
+    lambda m, x, i, j: x + torch.where(_at_least(i, j)[None].expand(x.shape[0], -1, -1), torch.zeros(()), -9.0),
+    lambda m, x, i, j: torch.where(~_at_least(i, j).expand_as(x), -9, torch.full((), 0.0)).add(x),
+]
+additive.other += [
+    lambda m, x, i, j: x + torch.where(_at_least(i, j), -9.0, torch.zeros(())),
+    lambda m, x, i, j: x + torch.where(_at_least(j, i), torch.zeros(()), -9.0),
+]
+
 counts = idiom("counting", "arange add mean", (B, S))
 counts.same += [
     lambda m, x: x.mean() * (torch.arange(x.shape[1]) + 3),

@@ -215,6 +215,7 @@ stacked.same += [
     ],
 ]
 stacked.other += [
+    lambda m, x: F.linear(x, m.w).view(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)[1],
     lambda m, x: list(F.linear(x, m.w).view(*x.shape[:2], H, 3, D).permute(3, 0, 2, 1, 4).unbind(0)),
 ]
 

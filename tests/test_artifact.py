@@ -1,5 +1,6 @@
 """Saved models: a fresh process repeats no pass; a damaged or hostile file is an error and runs nothing."""
 
+import contextlib
 import json
 import os
 import pickletools
@@ -119,7 +120,7 @@ def test_the_report_the_code_and_the_proofs_are_kept(saved):
 def test_a_call_that_was_not_captured_is_a_capture_error(saved):
     _, _, ids, path = saved
     again = fxaccel.load(path)
-    with pytest.raises(CaptureError, match=r"make such a call before fast.save\(\)"):
+    with pytest.raises(CaptureError, match=r"make such a call before fast\.save"):
         again(ids, scale=3.0)
     with pytest.raises(CaptureError):
         again(ids.float())
@@ -195,17 +196,19 @@ def test_the_file_is_safetensors_and_no_pickle(saved):
     header = json.loads(data[8 : 8 + length])
     assert json.loads(header["__metadata__"]["fxaccel"])["format"] == artifact.FORMAT
     assert not zipfile.is_zipfile(path)
-    with pytest.raises(ValueError, match="opcode|pickle|exhausted|ran out"):
+    with pytest.raises(ValueError, match=r"opcode|pickle|exhausted|ran out"):
         list(pickletools.genops(data))
 
 
-# -- damage ------------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The bytes of a small saved model, and a call of it."""
-    fast = fxaccel.accelerate(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), example_inputs=(torch.ones(2, 3),))
+    fast = fxaccel.accelerate(
+        nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), example_inputs=(torch.ones(2, 3),)
+    )
     path = tmp_path_factory.mktemp("small") / "m.fxa"
     fast.save(path)
     return path.read_bytes()
@@ -236,7 +239,9 @@ def test_a_flipped_bit_anywhere_is_refused(small, tmp_path):
 def test_foreign_files_are_refused(tmp_path):
     refused(tmp_path, b"not a model at all", "is not a saved model, or is damaged")
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    refused(tmp_path, (tmp_path / "other.safetensors").read_bytes(), "is a safetensors file of something else")
+    refused(
+        tmp_path, (tmp_path / "other.safetensors").read_bytes(), "is a safetensors file of something else"
+    )
     torch.save({"a": 1}, tmp_path / "pickle.pt")
     refused(tmp_path, (tmp_path / "pickle.pt").read_bytes())
     with pytest.raises(ArtifactError, match="there is no file"):
@@ -245,7 +250,7 @@ def test_foreign_files_are_refused(tmp_path):
         fxaccel.load(tmp_path)
 
 
-# -- malice: files with a right checksum ---------------------------------------------------------------------
+# -- malice: files with a right checksum -----------------------------------------------------------
 
 
 def forged(small, tmp_path, change):
@@ -323,14 +328,18 @@ def test_a_forged_description_is_an_error_and_executes_nothing(small, tmp_path, 
 
 
 @pytest.mark.parametrize("field", ["path", "source", "by"])
-@pytest.mark.parametrize("text", [f"x{end}__import__('os').system('touch {{}}')" for end in ("\n", "\n    ", "\r    ", "\r\n    ", "\x0c\n    ")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"x{end}__import__('os').system('touch {{}}')"
+        for end in ("\n", "\n    ", "\r    ", "\r\n    ", "\x0c\n    ")
+    ],
+)
 def test_text_that_becomes_a_comment_cannot_leave_it(small, tmp_path, field, text):
     trace = tmp_path / "executed"
     path = forged(small, tmp_path, lambda c: call_node(c).update({field: text.format(trace)}))
-    try:
+    with contextlib.suppress(ArtifactError):
         fxaccel.load(path)(torch.ones(2, 3))
-    except ArtifactError:
-        pass
     assert not trace.exists()
 
 
@@ -346,22 +355,23 @@ def test_names_of_the_state_cannot_become_code(small, tmp_path, field):
             one["state"] = {k: [kind, evil if n == old else n] for k, (kind, n) in one["state"].items()}
 
     path = forged(small, tmp_path, change)
-    try:
+    with contextlib.suppress(ArtifactError, CaptureError):
         fxaccel.load(path)(torch.ones(2, 3))
-    except (ArtifactError, CaptureError):
-        pass
     assert not trace.exists()
 
 
 def test_regions_cannot_become_code(small, tmp_path):
     trace = tmp_path / "executed"
     evil = f"x\nimport os; os.system('touch {trace}')"
-    for region in (["grad", 0, [EVIL.format(trace)]], [evil, 0, []], ["stage", evil, []], ["autocast", 0, [evil, None, True, True]]):
+    for region in (
+        ["grad", 0, [EVIL.format(trace)]],
+        [evil, 0, []],
+        ["stage", evil, []],
+        ["autocast", 0, [evil, None, True, True]],
+    ):
         path = forged(small, tmp_path, lambda c, r=region: call_node(c).update(regions=[r]))
-        try:
+        with contextlib.suppress(ArtifactError, CaptureError):
             fxaccel.load(path)(torch.ones(2, 3))
-        except (ArtifactError, CaptureError):
-            pass
         assert not trace.exists()
 
 
@@ -369,12 +379,15 @@ def test_nothing_is_imported_for_a_file(small, tmp_path):
     (tmp_path / "evil_module_for_test.py").write_text("raise SystemExit('imported')")
     sys.path.insert(0, str(tmp_path))
     try:
-        path = forged(small, tmp_path, lambda c: c["captures"][0]["out_spec"].update(
-            special=[[0, {"class": "evil_module_for_test:Thing"}]]))
-        try:
+        path = forged(
+            small,
+            tmp_path,
+            lambda c: c["captures"][0]["out_spec"].update(
+                special=[[0, {"class": "evil_module_for_test:Thing"}]]
+            ),
+        )
+        with contextlib.suppress(ArtifactError):
             fxaccel.load(path)(torch.ones(2, 3))
-        except ArtifactError:
-            pass
         assert "evil_module_for_test" not in sys.modules
     finally:
         sys.path.remove(str(tmp_path))

@@ -67,7 +67,7 @@ def agree(model, fast, *args, **kwargs):
     return got, buffers
 
 
-# -- arguments and results -----------------------------------------------------------------------------
+# -- arguments and results -------------------------------------------------------------------------
 
 
 def structured(self, x, scale=2.0, *rest, mask=None, options=None, **more):
@@ -119,7 +119,8 @@ Point = collections.namedtuple("Point", "x y")
 @pytest.mark.parametrize(
     "result",
     [
-        lambda a: a, lambda a: (a,), lambda a: [a, a * 2], lambda a: None, lambda a: (None, a), lambda a: {"k": a},
+        lambda a: a, lambda a: (a,), lambda a: [a, a * 2], lambda a: None, lambda a: (None, a),
+        lambda a: {"k": a},
         lambda a: Point(a, a + 1), lambda a: collections.OrderedDict(b=a, a=a * 2), lambda a: ((), [], {}, a),
         lambda a: (a, True, 2, 2.5, "word", a.dtype), lambda a: (a.shape[0], a.sum()), lambda a: (a, a),
     ],
@@ -149,7 +150,7 @@ def test_an_empty_batch_and_a_batch_of_one_have_captures_of_their_own():
     assert captures(fast) == 3
 
 
-# -- train and eval --------------------------------------------------------------------------------------
+# -- train and eval --------------------------------------------------------------------------------
 
 
 class Moody(nn.Module):
@@ -189,7 +190,12 @@ def test_train_and_eval_have_their_own_graphs_over_the_same_parameters():
 def test_a_child_may_be_in_another_mode():
     model, fast = twins(Moody())
     x = torch.randn(8, 6)
-    for change in (lambda m: m.body[1].eval(), lambda m: m.body[3].eval(), lambda m: m.train(), lambda m: m.body.eval()):
+    for change in (
+        lambda m: m.body[1].eval(),
+        lambda m: m.body[3].eval(),
+        lambda m: m.train(),
+        lambda m: m.body.eval(),
+    ):
         change(model), change(fast)
         torch.manual_seed(2)
         want = model(x)
@@ -228,7 +234,7 @@ def test_two_dropouts_of_one_value_stay_two():
     assert not torch.equal(a, b)
 
 
-# -- sizes ------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 
 def test_one_capture_serves_other_batches_and_lengths():
@@ -282,7 +288,9 @@ def test_the_number_of_captures_is_bounded_and_reported():
 
 
 def test_images_are_captured_with_a_symbolic_batch():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
     fast = fxaccel.accelerate(model)
     agree(model, fast, torch.randn(2, 3, 8, 8))
     agree(model, fast, torch.randn(5, 3, 8, 8))
@@ -291,7 +299,7 @@ def test_images_are_captured_with_a_symbolic_batch():
     assert captures(fast) == 2
 
 
-# -- state ------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -373,7 +381,7 @@ def test_constant_tensors_in_the_model_are_kept():
     agree(model, fxaccel.accelerate(model), A)
 
 
-# -- in place and views --------------------------------------------------------------------------------------
+# -- in place and views ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -405,7 +413,7 @@ def test_an_input_that_the_model_writes_to_is_written_to_and_its_copies_are_not(
         assert x.eq(n).all()  # once a call, the capturing one included
 
 
-# -- modes of torch ------------------------------------------------------------------------------------------
+# -- modes of torch --------------------------------------------------------------------------------
 
 
 class Casts(nn.Module):
@@ -451,7 +459,11 @@ def test_no_grad_regions_stop_gradients_where_the_model_stops_them():
     model.zero_grad()
     model(x).sum().backward()
     want = {n: p.grad for n, p in model.named_parameters()}
-    assert {n for n, g in got.items() if g is None} == {n for n, g in want.items() if g is None} == {"a.weight", "a.bias"}
+    assert (
+        {n for n, g in got.items() if g is None}
+        == {n for n, g in want.items() if g is None}
+        == {"a.weight", "a.bias"}
+    )
     torch.testing.assert_close(grad, x.grad)
     assert "set_grad_enabled(False)" in fast.code
 
@@ -486,7 +498,7 @@ def test_capture_in_inference_mode_serves_later_training():
     torch.testing.assert_close([p.grad for p in fast.parameters()], [p.grad for p in model.parameters()])
 
 
-# -- where one graph is not to be had --------------------------------------------------------------------------
+# -- where one graph is not to be had --------------------------------------------------------------
 
 
 def test_a_branch_on_a_value_is_captured_in_pieces_and_the_report_says_so():
@@ -545,7 +557,9 @@ def test_an_error_of_the_model_itself_is_raised_as_it_is():
 
 
 def test_where_nothing_works_the_error_names_the_users_line_and_a_hint(monkeypatch):
-    monkeypatch.setattr("fxaccel.session.Session.piecewise", lambda self, why, *rest: (_ for _ in ()).throw(why))
+    monkeypatch.setattr(
+        "fxaccel.session.Session.piecewise", lambda self, why, *rest: (_ for _ in ()).throw(why)
+    )
     with pytest.raises(CaptureError) as caught:
         fxaccel.accelerate(Function(lambda self, x: x * 2 if x.sum() > 0 else x))(A)
     assert re.search(r"test_capture\.py:\d+: .*if x.sum\(\) > 0", str(caught.value))
@@ -564,7 +578,7 @@ def test_after_a_failed_capture_the_next_call_may_succeed():
     torch.testing.assert_close(fast(torch.ones(2, 2)), torch.full((2, 2), 2.0))
 
 
-# -- objects -------------------------------------------------------------------------------------------------
+# -- objects ---------------------------------------------------------------------------------------
 
 
 class Cache:
@@ -629,7 +643,7 @@ def test_an_object_in_a_circle_is_refused_with_a_hint():
         fxaccel.accelerate(Function(lambda self, x: Loop(x * 2)))(A)
 
 
-# -- a model of transformers ---------------------------------------------------------------------------------
+# -- a model of transformers -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

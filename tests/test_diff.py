@@ -1,10 +1,11 @@
-"""Listing, diff and cost: the same text everywhere, aligned by where nodes come from, FLOPs that are right."""
+"""Listing, diff and cost: one text everywhere, aligned by where nodes come from, FLOPs that are right."""
 
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import sympy
@@ -55,19 +56,22 @@ def shortened(text):
     return "\n".join(" ".join(line.split()) for line in text.splitlines())
 
 
-# -- listing ---------------------------------------------------------------------------------------------
+# -- listing ---------------------------------------------------------------------------------------
 
 
 def test_a_line_shows_result_operator_arguments_type_source_and_pass():
     fast = fxaccel.accelerate(Block(), passes=[Clamp], example_inputs=(torch.randn(4, 3, 8),))
     program = fast.__dict__["_fxaccel"].all[0].program
-    first = next(i for i, line in enumerate(open(__file__), 1) if "h = self.norm(x)" in line)
+    first = next(
+        i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "h = self.norm(x)" in line
+    )
+    wide, at = "f32[s0,s1,8]", "test_diff.py"
     assert shortened(listing(program)).splitlines() == [
-        f"%layer_norm = aten.layer_norm(%x, [8], %p_norm_weight, %p_norm_bias) # f32[s0,s1,8] test_diff.py:{first}",
-        f"%linear = aten.linear(%layer_norm, %p_up_weight, %p_up_bias) # f32[s0,s1,16] test_diff.py:{first + 1}",
-        f"%relu = aten.clamp(%linear, 0) # f32[s0,s1,16] test_diff.py:{first + 1} by clamp",
-        f"%linear_1 = aten.linear(%relu, %p_down_weight, %p_down_bias) # f32[s0,s1,8] test_diff.py:{first + 1}",
-        f"%add = aten.add.Tensor(%x, %linear_1) # f32[s0,s1,8] test_diff.py:{first + 1}",
+        f"%layer_norm = aten.layer_norm(%x, [8], %p_norm_weight, %p_norm_bias) # {wide} {at}:{first}",
+        f"%linear = aten.linear(%layer_norm, %p_up_weight, %p_up_bias) # f32[s0,s1,16] {at}:{first + 1}",
+        f"%relu = aten.clamp(%linear, 0) # f32[s0,s1,16] {at}:{first + 1} by clamp",
+        f"%linear_1 = aten.linear(%relu, %p_down_weight, %p_down_bias) # {wide} {at}:{first + 1}",
+        f"%add = aten.add.Tensor(%x, %linear_1) # {wide} {at}:{first + 1}",
     ]
 
 
@@ -102,7 +106,8 @@ def test_the_listing_is_equal_in_two_processes(tmp_path):
         from test_diff import Block, program_of
         import fxaccel
         from fxaccel.listing import listing
-        fast = fxaccel.accelerate(torch.nn.Sequential(Block(), Block()), example_inputs=(torch.randn(4, 3, 8),))
+        model = torch.nn.Sequential(Block(), Block())
+        fast = fxaccel.accelerate(model, example_inputs=(torch.randn(4, 3, 8),))
         print(listing(fast.__dict__["_fxaccel"].all[0].program, ends=True))
         print(fast.code); print(fast.diff()); print(fast.diff().to_json())
         print(sorted(fast.__dict__["_fxaccel"].all[0].manifest.proofs.items()))
@@ -119,7 +124,7 @@ def test_the_listing_is_equal_in_two_processes(tmp_path):
     assert "add_layer_norm" in texts[0]
 
 
-# -- diff ------------------------------------------------------------------------------------------------
+# -- diff ------------------------------------------------------------------------------------------
 
 
 def test_a_rewritten_line_is_all_that_shows():
@@ -182,7 +187,18 @@ def test_the_json_has_its_schema_and_every_line():
     assert set(data["before"]) == {"nodes", "parameter_bytes", "flops"}
     (hunk,) = data["hunks"]
     assert [line["sign"] for line in hunk] == [" ", "-", "+", " "]
-    assert set(hunk[1]) == {"sign", "text", "results", "op", "args", "type", "path", "source", "by", "regions"}
+    assert set(hunk[1]) == {
+        "sign",
+        "text",
+        "results",
+        "op",
+        "args",
+        "type",
+        "path",
+        "source",
+        "by",
+        "regions",
+    }
     assert hunk[2]["by"] == "clamp"
 
 
@@ -196,7 +212,7 @@ def test_a_diff_of_a_model_in_pieces_says_why_there_is_none():
         fast.diff()
 
 
-# -- cost ------------------------------------------------------------------------------------------------
+# -- cost ------------------------------------------------------------------------------------------
 
 
 class Attends(nn.Module):

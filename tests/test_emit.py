@@ -43,7 +43,7 @@ def emitted(function, *args):
     return names["accepts"], names["forward"]
 
 
-# -- what a call must be ---------------------------------------------------------------------------------
+# -- what a call must be ---------------------------------------------------------------------------
 
 
 def test_accepts_other_sizes_of_symbolic_dimensions_and_nothing_else():
@@ -119,7 +119,7 @@ def test_the_check_costs_microseconds():
     assert each < 100e-6  # about 2 us on an idle machine
 
 
-# -- the text ----------------------------------------------------------------------------------------------
+# -- the text --------------------------------------------------------------------------------------
 
 
 def test_the_code_is_flat_and_names_module_and_line_of_each_statement():
@@ -177,7 +177,12 @@ def test_literals_survive():
     def function(a):
         b = torch.where(a > 0, a, float("-inf")).clamp(min=-1e30)
         c = torch.full((2,), float("nan")).nan_to_num(1.5)
-        return b.to(torch.float64).sum((0, 1), keepdim=True), a[..., 1::2], c, a.new_zeros(2, dtype=torch.int8)
+        return (
+            b.to(torch.float64).sum((0, 1), keepdim=True),
+            a[..., 1::2],
+            c,
+            a.new_zeros(2, dtype=torch.int8),
+        )
 
     want = function(x)
     _, forward = emitted(function, x)
@@ -186,7 +191,7 @@ def test_literals_survive():
         assert a.dtype == b.dtype
 
 
-# -- freed values ------------------------------------------------------------------------------------------
+# -- freed values ----------------------------------------------------------------------------------
 
 
 def test_intermediate_values_are_freed_after_their_last_reader():
@@ -227,45 +232,145 @@ def test_what_is_returned_or_read_again_is_not_freed():
     assert torch.equal(got[2], x.sin().cos())
 
 
-# -- bindings ----------------------------------------------------------------------------------------------
+# -- bindings --------------------------------------------------------------------------------------
 
 X, Y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-I, B = torch.randint(0, 3, (2, 3, 4)), torch.rand(2, 3, 4) > 0.5
+INDEX, B = torch.randint(0, 3, (2, 3, 4)), torch.rand(2, 3, 4) > 0.5
 M, W = torch.randn(4, 4), torch.randn(5, 4)
 IMAGE, KERNEL = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
 # Arguments in the order of the schema, for every name in emit._BOUND.
 EXAMPLES = {
-    "abs": (X,), "add.Tensor": (X, Y), "add.Scalar": (X, 2), "addmm": (torch.randn(4), M, M), "all": (B,),
-    "all.dim": (B, 1, True), "amax": (X, [1], True), "amin": (X, [1], True), "any": (B,), "any.dim": (B, 1),
-    "arange": (5,), "argmax": (X, 1, True), "baddbmm": (torch.randn(2, 3, 3), X, X.mT), "bitwise_and.Tensor": (I, I + 1),
-    "bitwise_not": (I,), "bitwise_or.Tensor": (I, I + 1), "bmm": (X, X.mT), "cat": ([X, Y], 1), "ceil": (X,),
-    "chunk": (X, 2, 2), "clamp": (X, -0.5, 0.5), "clone": (X,),
+    "abs": (X,),
+    "add.Tensor": (X, Y),
+    "add.Scalar": (X, 2),
+    "addmm": (torch.randn(4), M, M),
+    "all": (B,),
+    "all.dim": (B, 1, True),
+    "amax": (X, [1], True),
+    "amin": (X, [1], True),
+    "any": (B,),
+    "any.dim": (B, 1),
+    "arange": (5,),
+    "argmax": (X, 1, True),
+    "baddbmm": (torch.randn(2, 3, 3), X, X.mT),
+    "bitwise_and.Tensor": (INDEX, INDEX + 1),
+    "bitwise_not": (INDEX,),
+    "bitwise_or.Tensor": (INDEX, INDEX + 1),
+    "bmm": (X, X.mT),
+    "cat": ([X, Y], 1),
+    "ceil": (X,),
+    "chunk": (X, 2, 2),
+    "clamp": (X, -0.5, 0.5),
+    "clone": (X,),
     "conv1d": (X, torch.randn(2, 3, 2), torch.randn(2), [1], [1], [2], 1),
     "conv2d": (IMAGE, KERNEL, None, [2, 1], [1, 0], [1, 1], 1),
-    "conv3d": (torch.randn(1, 2, 4, 4, 4), torch.randn(3, 2, 2, 2, 2), None, [1, 2, 1]), "cos": (X,), "cumsum": (X, 1),
-    "detach": (X,), "div.Tensor": (X, Y), "dropout": (X, 0.0, True), "embedding": (W, torch.tensor([[1, 2]]), -1, False, False),
-    "eq.Tensor": (I, I), "eq.Scalar": (I, 1), "erf": (X,), "exp": (X,), "exp2": (X,), "flatten.using_ints": (X, 1, 2),
-    "full": ([2, 3], 1.5), "ge.Tensor": (X, Y), "ge.Scalar": (X, 0), "gt.Tensor": (X, Y), "gt.Scalar": (X, 0),
-    "index_select": (X, 1, torch.tensor([2, 0])), "isinf": (X,), "isnan": (X,),
-    "layer_norm": (X, [4], torch.randn(4), torch.randn(4), 1e-3, False), "le.Tensor": (X, Y), "le.Scalar": (X, 0), "log": (X.abs(),),
-    "log_softmax.int": (X, 1), "logical_and": (B, ~B), "logical_not": (B,), "logical_or": (B, ~B),
-    "lt.Tensor": (X, Y), "lt.Scalar": (X, 0), "masked_fill.Scalar": (X, B, -1.0), "masked_fill.Tensor": (X, B, torch.tensor(2.0)),
-    "matmul": (X, M), "max_pool2d": (IMAGE, [2, 2], [1, 2], [1, 0], [1, 1], True), "mean": (X,), "mean.dim": (X, [1], True),
-    "min": (X,), "max": (X,), "max.dim": (X, 1, True), "min.dim": (X, 1, True), "mm": (M, M), "mul.Tensor": (X, Y), "mul.Scalar": (X, 3),
-    "ne.Tensor": (I, I + 1), "ne.Scalar": (I, 1), "neg": (X,), "ones": ([2, 3],), "permute": (X, [2, 0, 1]),
-    "pow.Tensor_Scalar": (X, 3), "pow.Tensor_Tensor": (X.abs(), Y), "pow.Scalar": (2, Y), "prod": (X,), "prod.dim_int": (X, 1, True),
-    "reciprocal": (X,), "relu": (X,), "rms_norm": (X, [4], torch.randn(4), 1e-3), "round": (X,), "rsqrt": (X.abs(),),
-    "rsub.Tensor": (X, Y), "rsub.Scalar": (X, 2), "scalar_tensor": (2.5,), "sigmoid": (X,), "sin": (X,), "softmax.int": (X, 1),
-    "split.Tensor": (X, 2, 2), "sqrt": (X.abs(),), "square": (X,), "squeeze": (X[:, :1],), "squeeze.dim": (X[:, :1], 1),
-    "stack": ([X, Y], 1), "sub.Tensor": (X, Y), "sub.Scalar": (X, 2), "sum": (X,), "sum.dim_IntList": (X, [1], True), "tanh": (X,),
-    "transpose.int": (X, 0, 2), "tril": (X, 1), "triu": (X, 1), "unbind.int": (X, 1), "unsqueeze": (X, 1), "where.self": (B, X, Y),
-    "zeros": ([2, 3],), "zeros_like": (X,), "ones_like": (X,), "full_like": (X, 2.5), "gelu": (X,), "linear": (X, W, torch.randn(5)),
-    "scaled_dot_product_attention": (IMAGE, IMAGE, IMAGE, None, 0.0, True), "silu": (X,), "softplus": (X, 2.0, 1.0), "leaky_relu": (X, 0.2),
-    "hardswish": (X,), "avg_pool2d": (IMAGE, [2, 2], [1, 2], [1, 0], True, False, 3), "adaptive_avg_pool2d": (IMAGE, [2, 3]),
-    "pad": (X, [1, 2], "constant", 3.0), "contiguous": (X.mT,), "expand": (X[:, :1], [2, 5, 4]), "repeat": (X, [1, 2, 1]),
-    "reshape": (X, [6, 4]), "to.dtype": (X, torch.float64), "to.device": (X, torch.device("cpu"), torch.float64),
-    "type_as": (X, I), "view": (X, [6, 4]), "arange.start": (1, 5), "arange.start_step": (1, 9, 2),
-}  # fmt: skip
+    "conv3d": (torch.randn(1, 2, 4, 4, 4), torch.randn(3, 2, 2, 2, 2), None, [1, 2, 1]),
+    "cos": (X,),
+    "cumsum": (X, 1),
+    "detach": (X,),
+    "div.Tensor": (X, Y),
+    "dropout": (X, 0.0, True),
+    "embedding": (W, torch.tensor([[1, 2]]), -1, False, False),
+    "eq.Tensor": (INDEX, INDEX),
+    "eq.Scalar": (INDEX, 1),
+    "erf": (X,),
+    "exp": (X,),
+    "exp2": (X,),
+    "flatten.using_ints": (X, 1, 2),
+    "full": ([2, 3], 1.5),
+    "ge.Tensor": (X, Y),
+    "ge.Scalar": (X, 0),
+    "gt.Tensor": (X, Y),
+    "gt.Scalar": (X, 0),
+    "index_select": (X, 1, torch.tensor([2, 0])),
+    "isinf": (X,),
+    "isnan": (X,),
+    "layer_norm": (X, [4], torch.randn(4), torch.randn(4), 1e-3, False),
+    "le.Tensor": (X, Y),
+    "le.Scalar": (X, 0),
+    "log": (X.abs(),),
+    "log_softmax.int": (X, 1),
+    "logical_and": (B, ~B),
+    "logical_not": (B,),
+    "logical_or": (B, ~B),
+    "lt.Tensor": (X, Y),
+    "lt.Scalar": (X, 0),
+    "masked_fill.Scalar": (X, B, -1.0),
+    "masked_fill.Tensor": (X, B, torch.tensor(2.0)),
+    "matmul": (X, M),
+    "max_pool2d": (IMAGE, [2, 2], [1, 2], [1, 0], [1, 1], True),
+    "mean": (X,),
+    "mean.dim": (X, [1], True),
+    "min": (X,),
+    "max": (X,),
+    "max.dim": (X, 1, True),
+    "min.dim": (X, 1, True),
+    "mm": (M, M),
+    "mul.Tensor": (X, Y),
+    "mul.Scalar": (X, 3),
+    "ne.Tensor": (INDEX, INDEX + 1),
+    "ne.Scalar": (INDEX, 1),
+    "neg": (X,),
+    "ones": ([2, 3],),
+    "permute": (X, [2, 0, 1]),
+    "pow.Tensor_Scalar": (X, 3),
+    "pow.Tensor_Tensor": (X.abs(), Y),
+    "pow.Scalar": (2, Y),
+    "prod": (X,),
+    "prod.dim_int": (X, 1, True),
+    "reciprocal": (X,),
+    "relu": (X,),
+    "rms_norm": (X, [4], torch.randn(4), 1e-3),
+    "round": (X,),
+    "rsqrt": (X.abs(),),
+    "rsub.Tensor": (X, Y),
+    "rsub.Scalar": (X, 2),
+    "scalar_tensor": (2.5,),
+    "sigmoid": (X,),
+    "sin": (X,),
+    "softmax.int": (X, 1),
+    "split.Tensor": (X, 2, 2),
+    "sqrt": (X.abs(),),
+    "square": (X,),
+    "squeeze": (X[:, :1],),
+    "squeeze.dim": (X[:, :1], 1),
+    "stack": ([X, Y], 1),
+    "sub.Tensor": (X, Y),
+    "sub.Scalar": (X, 2),
+    "sum": (X,),
+    "sum.dim_IntList": (X, [1], True),
+    "tanh": (X,),
+    "transpose.int": (X, 0, 2),
+    "tril": (X, 1),
+    "triu": (X, 1),
+    "unbind.int": (X, 1),
+    "unsqueeze": (X, 1),
+    "where.self": (B, X, Y),
+    "zeros": ([2, 3],),
+    "zeros_like": (X,),
+    "ones_like": (X,),
+    "full_like": (X, 2.5),
+    "gelu": (X,),
+    "linear": (X, W, torch.randn(5)),
+    "scaled_dot_product_attention": (IMAGE, IMAGE, IMAGE, None, 0.0, True),
+    "silu": (X,),
+    "softplus": (X, 2.0, 1.0),
+    "leaky_relu": (X, 0.2),
+    "hardswish": (X,),
+    "avg_pool2d": (IMAGE, [2, 2], [1, 2], [1, 0], True, False, 3),
+    "adaptive_avg_pool2d": (IMAGE, [2, 3]),
+    "pad": (X, [1, 2], "constant", 3.0),
+    "contiguous": (X.mT,),
+    "expand": (X[:, :1], [2, 5, 4]),
+    "repeat": (X, [1, 2, 1]),
+    "reshape": (X, [6, 4]),
+    "to.dtype": (X, torch.float64),
+    "to.device": (X, torch.device("cpu"), torch.float64),
+    "type_as": (X, INDEX),
+    "view": (X, [6, 4]),
+    "arange.start": (1, 5),
+    "arange.start_step": (1, 9, 2),
+}
 
 
 def test_every_bound_name_that_exists_has_an_example():
@@ -331,7 +436,7 @@ def test_keywords_and_other_overloads_reach_their_operator(function):
     assert torch.equal(got, want)
 
 
-# -- backends ----------------------------------------------------------------------------------------------
+# -- backends --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [4, 9])

@@ -64,7 +64,7 @@ def run(one, function=torch.relu, **options):
     return program, manager.run(program, [one], **options)
 
 
-# -- order ---------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 
 def test_passes_run_by_step_then_by_need_then_as_given():
@@ -83,7 +83,7 @@ def test_a_pass_that_invalidates_runs_after_those_that_still_need():
 def test_a_circle_is_refused():
     a = made("a", requires=("x",), produces=("y",))
     b = made("b", requires=("y",), produces=("x",))
-    with pytest.raises(OptionError, match="in a circle: a -> b|in a circle: b -> a"):
+    with pytest.raises(OptionError, match=r"in a circle: (a -> b|b -> a)"):
         manager.order([a, b])
 
 
@@ -106,7 +106,7 @@ def test_a_conflict_holds_in_both_orders():
         manager.order([made("b"), made("a", conflicts=("b",))])
 
 
-# -- transactions ----------------------------------------------------------------------------------------
+# -- transactions ----------------------------------------------------------------------------------
 
 
 def breaking(name, apply):
@@ -193,7 +193,10 @@ def test_a_pass_that_breaks_something_is_rolled_back_and_the_next_runs_on(apply,
 def test_under_strict_a_failing_pass_raises_what_it_raised():
     with pytest.raises(ZeroDivisionError):
         fxaccel.accelerate(
-            Net(), passes=[breaking("breaks", raises_half_way)], strict=True, example_inputs=(torch.randn(4, 6),)
+            Net(),
+            passes=[breaking("breaks", raises_half_way)],
+            strict=True,
+            example_inputs=(torch.randn(4, 6),),
         )
 
 
@@ -262,7 +265,9 @@ def test_a_pass_that_branches_on_a_symbolic_size_does_too():
         if relu.meta["val"].shape[0] > 3:
             driver.applied(relu)
 
-    fast = fxaccel.accelerate(Net(), passes=[breaking("branches", branches)], example_inputs=(torch.randn(4, 6),))
+    fast = fxaccel.accelerate(
+        Net(), passes=[breaking("branches", branches)], example_inputs=(torch.randn(4, 6),)
+    )
     fast(torch.randn(9, 6))
     assert len(fast.report().captures) == 1
     with pytest.warns(UserWarning, match="applied nowhere"):
@@ -270,7 +275,7 @@ def test_a_pass_that_branches_on_a_symbolic_size_does_too():
     assert len(fast.report().captures) == 2
 
 
-# -- strict, expect, allow, unused ---------------------------------------------------------------------
+# -- strict, expect, allow, unused -----------------------------------------------------------------
 
 
 def test_a_requested_pass_that_applied_nowhere_warns_with_the_reason_and_raises_under_strict():
@@ -345,7 +350,7 @@ def test_what_is_no_model_of_its_own_is_refused():
         fxaccel.accelerate(torch.jit.trace(Net(), torch.randn(2, 6)))
 
 
-# -- names and options -----------------------------------------------------------------------------------
+# -- names and options -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -373,7 +378,10 @@ def registry(monkeypatch):
         ("tunes", {}),
         ("tunes{}", {}),
         (" tunes { bits = 4 } ", {"bits": 4}),
-        ("tunes{bits=4,ratio=0.25,mode=slow,loud=true}", {"bits": 4, "ratio": 0.25, "mode": "slow", "loud": True}),
+        (
+            "tunes{bits=4,ratio=0.25,mode=slow,loud=true}",
+            {"bits": 4, "ratio": 0.25, "mode": "slow", "loud": True},
+        ),
         ("tunes{loud=False,limit=None}", {"loud": False, "limit": None}),
         ("tunes{limit=3}", {"limit": 3}),
         ("tunes{where=layers.*.attn|head}", {"where": "layers.*.attn|head"}),
@@ -426,7 +434,8 @@ def test_two_passes_of_one_name_are_refused(registry):
 
 
 @pytest.mark.parametrize(
-    "attributes", [{"name": "Not Hyphens"}, {"name": ""}, {"name": "ok", "numerics": "loose"}, {"name": "ok", "step": "?"}]
+    "attributes",
+    [{"name": "Not Hyphens"}, {"name": ""}, {"name": "ok", "numerics": "loose"}, {"name": "ok", "step": "?"}],
 )
 def test_a_badly_declared_pass_is_a_rule_error(registry, attributes):
     with pytest.raises(RuleError):

@@ -63,7 +63,7 @@ def close(a, b):
     torch.testing.assert_close(a, b)
 
 
-# -- it looks like the model -----------------------------------------------------------------------------
+# -- it looks like the model -----------------------------------------------------------------------
 
 
 def test_attributes_methods_class_and_signature_are_the_models():
@@ -147,7 +147,7 @@ def test_second_derivatives_and_two_backwards():
     close(x.grad, 2 * first)
 
 
-# -- it follows the model's life ---------------------------------------------------------------------------
+# -- it follows the model's life -------------------------------------------------------------------
 
 
 def test_loaded_weights_are_used():
@@ -300,7 +300,7 @@ def test_training_flags_follow_train_and_eval_of_root_and_child():
     assert all(m.training for m in fast.modules())
 
 
-# -- it works with the rest of torch -----------------------------------------------------------------------
+# -- it works with the rest of torch ---------------------------------------------------------------
 
 
 @pytest.fixture

@@ -51,7 +51,9 @@ def scaled(self, op, x):
 @pytest.mark.parametrize(("factor", "right"), [(2.0, True), (2.0 + 1e-15, True), (2.0 + 1e-11, False)])
 def test_the_algebra_is_tried_in_float64_where_small_mistakes_show(factor, right):
     """1e-11 is far below the rounding of float32, and yet no rounding of float64."""
-    run = proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), factor), lambda a: a.exp() * 2)
+    run = proved(
+        scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), factor), lambda a: a.exp() * 2
+    )
     assert (error(run) == "") is right
     if not right:
         assert "in float64" in error(run)
@@ -182,7 +184,9 @@ def test_equal_sites_are_proved_once_and_others_each():
 
 
 def test_trials_are_small_odd_and_unequal_then_those_of_the_example_both_layouts():
-    run = proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2)
+    run = proved(
+        scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2
+    )
     (proof,) = run.manifest.proofs.values()
     assert len(proof.trials) == 4
     assert sum("permuted" in t for t in proof.trials) == 2
@@ -204,7 +208,9 @@ def test_large_sizes_are_proved_at_small_ones():
         return op.aten.exp.default(x)
 
     big = torch.zeros(1, 1).expand(3000, 3000)
-    run = proved(pattern, lambda s, op, m: op.aten.exp.default(op.aten.mul.Tensor(m.x, 1.0)), lambda a: a.exp(), big)
+    run = proved(
+        pattern, lambda s, op, m: op.aten.exp.default(op.aten.mul.Tensor(m.x, 1.0)), lambda a: a.exp(), big
+    )
     (proof,) = run.manifest.proofs.values()
     assert all("3000" not in t for t in proof.trials)
 
@@ -213,13 +219,20 @@ def test_the_proof_draws_no_random_number_of_the_user():
     torch.manual_seed(7)
     want = torch.rand(3)
     torch.manual_seed(7)
-    proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2, torch.zeros(4, 6))
+    proved(
+        scaled,
+        lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0),
+        lambda a: a.exp() * 2,
+        torch.zeros(4, 6),
+    )
     assert torch.equal(torch.rand(3), want)
 
 
 def test_the_same_proof_comes_out_every_time():
     def run():
-        return proved(scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2)
+        return proved(
+            scaled, lambda s, op, m: op.aten.mul.Tensor(op.aten.exp.default(m.x), 2.0), lambda a: a.exp() * 2
+        )
 
     assert run().manifest.proofs == run().manifest.proofs
 
@@ -260,7 +273,9 @@ def test_strict_raises_with_the_rule_and_the_trial():
             return op.aten.sin.default(m.x)
 
     with pytest.raises(ProofError, match=r"Wrong failed its proof: with sizes 3, 5 output 0 differs by"):
-        fxaccel.accelerate(Function(torch.exp), passes=[Wrong], strict=True, example_inputs=(torch.randn(4, 6),))
+        fxaccel.accelerate(
+            Function(torch.exp), passes=[Wrong], strict=True, example_inputs=(torch.randn(4, 6),)
+        )
 
 
 def test_proofs_work_in_inference_mode():
@@ -280,7 +295,7 @@ def test_proofs_work_in_inference_mode():
     assert len(fast.report()["exp2"].applied) == 1
 
 
-# -- the yardstick -------------------------------------------------------------------------------------
+# -- the yardstick ---------------------------------------------------------------------------------
 
 
 def test_the_share_is_one_where_the_tolerance_ends():

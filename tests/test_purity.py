@@ -12,13 +12,24 @@ import fxaccel
 from fxaccel.errors import CaptureError
 
 F = nn.functional
-NAMESPACES = (torch, torch.nn, torch.nn.functional, torch.Tensor, torch.nn.Module, torch.autograd, torch.random)
+NAMESPACES = (
+    torch,
+    torch.nn,
+    torch.nn.functional,
+    torch.Tensor,
+    torch.nn.Module,
+    torch.autograd,
+    torch.random,
+)
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.body = nn.BatchNorm1d(6), nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Dropout(0.5))
+        self.norm, self.body = (
+            nn.BatchNorm1d(6),
+            nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Dropout(0.5)),
+        )
         self.head = nn.Linear(6, 6)
         self.head.weight = self.body[0].weight
         self.register_buffer("calls", torch.zeros(()))
@@ -44,11 +55,20 @@ def everything(model):
                 facts[name, key] = [(k, id(v)) for k, v in value.items()]
             else:
                 facts[name, key] = (id(value), repr(value))
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         facts["tensor", name] = (
-            id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.dtype, tensor.stride(),
-            None if tensor.grad is None else id(tensor.grad), tensor._backward_hooks, tensor.detach().numpy().tobytes(),
-        )  # fmt: skip
+            id(tensor),
+            tensor.data_ptr(),
+            tensor.requires_grad,
+            tensor.dtype,
+            tensor.stride(),
+            None if tensor.grad is None else id(tensor.grad),
+            tensor._backward_hooks,
+            tensor.detach().numpy().tobytes(),
+        )
     facts["config"] = copy.deepcopy(model.config)
     return facts
 
@@ -79,17 +99,18 @@ def capture_fails(model, x):
         fxaccel.accelerate(broken)(x)
 
 
+def unproved(model, x, **options):
+    with pytest.raises(fxaccel.ProofError):
+        fxaccel.accelerate(model, example_inputs=(x,), **options)
+
+
 CASES = {
     "default passes": lambda m, x: fxaccel.accelerate(m, example_inputs=(x,)),
     "without a check": lambda m, x: fxaccel.accelerate(m, check=False, example_inputs=(x,)),
     "a wrong rule": lambda m, x: fxaccel.accelerate(m, passes=[Wrong], example_inputs=(x,)),
     "a pass that raises": lambda m, x: fxaccel.accelerate(m, passes=[Raises], example_inputs=(x,)),
-    "strict": lambda m, x: pytest.raises(
-        fxaccel.ProofError, fxaccel.accelerate, m, passes=[Wrong], strict=True, example_inputs=(x,)
-    ),
-    "unmet expectation": lambda m, x: pytest.raises(
-        fxaccel.ProofError, fxaccel.accelerate, m, passes=["fuse-norm"], expect={"fuse-norm": 9}, example_inputs=(x,)
-    ),
+    "strict": lambda m, x: unproved(m, x, passes=[Wrong], strict=True),
+    "unmet expectation": lambda m, x: unproved(m, x, passes=["fuse-norm"], expect={"fuse-norm": 9}),
     "a failing capture": capture_fails,
 }
 
@@ -146,7 +167,9 @@ def test_the_namespaces_of_torch_are_as_they_were():
     fast.verify(), fast.code, str(fast.diff()), str(fast.report())
     after = snapshot()
     for name in before:
-        changed = {k for k in before[name].keys() | after[name].keys() if before[name].get(k) != after[name].get(k)}
+        changed = {
+            k for k in before[name].keys() | after[name].keys() if before[name].get(k) != after[name].get(k)
+        }
         assert not changed, f"{name}: {sorted(changed)}"
     assert torch.overrides._get_current_function_mode_stack() == modes
     assert torch.is_grad_enabled()

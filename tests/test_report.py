@@ -57,7 +57,14 @@ def test_json_goes_out_and_comes_back(report):
     data = json.loads(report.to_json())
     assert set(data) == {"captures"}
     assert set(data["captures"][0]) == {"mode", "passes", "notes", "check"}
-    assert set(data["captures"][0]["passes"][0]["applied"][0]) == {"path", "source", "why", "rule", "node", "proof"}
+    assert set(data["captures"][0]["passes"][0]["applied"][0]) == {
+        "path",
+        "source",
+        "why",
+        "rule",
+        "node",
+        "proof",
+    }
 
 
 def test_passes_are_found_by_name(report):

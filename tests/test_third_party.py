@@ -26,7 +26,7 @@ class ClampRelu(fxaccel.Rule):
         return op.aten.clamp.default(m.x, 0)
 '''
 
-USE = '''
+USE = """
 import torch, fxaccel
 from fxaccel.discover import available
 
@@ -39,7 +39,7 @@ fast = fxaccel.accelerate(Net(), passes=["clamp-relu"])
 x = torch.randn(3, 4)
 assert torch.equal(fast(x), x.relu())
 print(len(fast.report()["clamp-relu"].applied), "clamp(" in fast.code)
-'''
+"""
 
 
 def install(folder, name, source, entry):
@@ -54,7 +54,12 @@ def install(folder, name, source, entry):
 def run(folder, script):
     env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=env, cwd=folder, check=False
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=folder,
+        check=False,
     )
 
 

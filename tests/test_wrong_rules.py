@@ -1,4 +1,4 @@
-"""Rules that are wrong on purpose: the proof catches every one, and the model runs as if it were not there."""
+"""Rules that are wrong on purpose: the proof catches every one, and the model stays what it was."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ F = nn.functional
 aten = torch.ops.aten
 
 
-# -- operators that are right except in one corner --------------------------------------------------
+# -- operators that are right except in one corner -------------------------------------------------
 
 _library = torch.library.Library("fxaccel_wrong", "DEF")
 
@@ -41,7 +41,7 @@ _library.define("double_late(Tensor x) -> Tensor")
 _library.impl("double_late", lambda x: x.detach() * 2, "CompositeImplicitAutograd")
 
 
-# -- the model ------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -189,7 +189,9 @@ RULES = [
         lambda self, op, x: op.aten.cumsum.default(x, 1),
         lambda s, op, m: op.aten.sub.Tensor(op.aten.cumsum.default(m.x, 1), m.x),
     ),
-    rule("wrong-sign", call(aten.exp.default), lambda s, op, m: op.aten.exp.default(op.aten.neg.default(m.x))),
+    rule(
+        "wrong-sign", call(aten.exp.default), lambda s, op, m: op.aten.exp.default(op.aten.neg.default(m.x))
+    ),
     rule(
         "tanh-for-erf",
         lambda self, op, x: op.aten.gelu.default(x, approximate="tanh"),

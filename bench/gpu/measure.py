@@ -9,6 +9,8 @@ import subprocess
 import torch
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results" / "gpu.csv"
+COLUMNS = ("bench", "case", "candidate", "us", "p10", "p90", "rate", "unit")
+COLUMNS += ("gpu", "torch", "triton", "commit", "date")
 WARM, ROUNDS = 10, 50
 L2_BYTES = 256 * 2**20  # well over any L2 cache: written between rounds, so that inputs come from memory
 

@@ -140,7 +140,9 @@ def _settle(e: Editor, node: fx.Node) -> None:
             if autocast and step not in UNDER_AUTOCAST:
                 continue
             new = step(e, node)
-            if new is None:
+            if new is None or (new is not node and e.shown(node, new)):
+                if new is not None:
+                    e.erase(new)  # a step that is not taken
                 continue
             e.counts[step.__name__] += 1
             if new is not node:

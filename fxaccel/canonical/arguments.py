@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any
 
 import torch
@@ -154,7 +153,7 @@ def cast(e: Editor, node: fx.Node) -> fx.Node | None:
     if not is_tensor(x) or _changes_format(node):
         return None
     old, new = x.meta["val"], node.meta["val"]
-    if old.device != new.device or old.layout != new.layout or not same_strides(old, new):
+    if old.device != new.device or old.layout != new.layout:
         return None
     while e.at(x, aten.to.dtype) and len(x.args) == 2 and _holds(x.args[1], dtype(x.args[0])):
         x = x.args[0]
@@ -223,15 +222,6 @@ def idle_copy(e: Editor, node: fx.Node) -> fx.Node | None:
     unnoticed = node.users and all(u.target in LAYOUT_FREE for u in node.users)
     if unnoticed or same_strides(x.meta["val"], node.meta["val"]):
         return e.forward(node, x)
-    return None
-
-
-@on(operator.getitem, autocast=True)
-def element_of_list(e: Editor, node: fx.Node) -> fx.Node | None:
-    """A part of a list that is written out is that part."""
-    source, i = node.args
-    if isinstance(source, (list, tuple)) and isinstance(i, int) and isinstance(source[i], fx.Node):
-        return source[i]
     return None
 
 

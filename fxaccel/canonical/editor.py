@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel import ir
-from fxaccel.canonical.storage import Storage
+from fxaccel.canonical.storage import Storage, follows
 from fxaccel.canonical.values import describe, is_dense, is_tensor, same_strides
 from fxaccel.ir import Program, expr, is_call
 
@@ -193,7 +193,7 @@ class Editor:
         mode = ir.fake_mode(self.graph)
         if mode is None or mode.shape_env is None:
             return nullcontext()
-        return mode.shape_env.suppress_guards()  # type: ignore[no-any-return]
+        return mode.shape_env.suppress_guards()
 
     def forward(self, node: fx.Node, to: fx.Node) -> fx.Node | None:
         """`to` for the place of `node`, None where an output would newly be an alias."""
@@ -209,6 +209,24 @@ class Editor:
     def exposed(self, node: fx.Node) -> bool:
         """Whether the value may be, or share storage with, an output of the model."""
         return self.storage.root(node) in self.storage.escaping
+
+    def shown(self, node: fx.Node, new: fx.Node) -> bool:
+        """Whether an output would be laid out otherwise with `new` in the place of `node`."""
+        old, val = node.meta.get("val"), new.meta.get("val")
+        if not isinstance(old, Tensor) or not isinstance(val, Tensor) or old is val:
+            return False
+        if same_strides(old, val):
+            return False
+        wide = new.target is aten.expand.default  # whose strides of 0 an elementwise reader does not follow
+        seen, pending = {node}, [node]
+        while pending:
+            for user in pending.pop().users:
+                if user.op == "output":
+                    return True
+                if user not in seen and follows(user.target) and not (wide and _is_elementwise(user.target)):
+                    seen.add(user)
+                    pending.append(user)
+        return False
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put `new` in the place of `node` and erase what nothing reads any more."""
@@ -326,6 +344,10 @@ class Editor:
 
     def _tops(self) -> set[fx.Node]:
         return {n for n in self._sizes.values() if not n._erased}
+
+
+def _is_elementwise(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
 _CONSTANT_OPS = {

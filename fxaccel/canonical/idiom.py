@@ -191,7 +191,7 @@ def softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     over = _reduced_over(e, bottom, aten.sum.dim_IntList)
     if over is None or over[0] is not top or not e.at(top, aten.exp.default) or not is_float(top.args[0]):
         return None
-    return e.call(node, aten.softmax.int, top.args[0], over[1], val=node.meta["val"])
+    return e.call(node, aten.softmax.int, top.args[0], over[1], val=e.like(node))
 
 
 @on(aten.softmax.int, aten.log_softmax.int, aten.logsumexp.default)
@@ -203,7 +203,7 @@ def shifted_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     shift = _maximum(e, x.args[1])
     if shift is None or shift[0] is not x.args[0] or shift[1] != d or dtype(x) != dtype(x.args[0]):
         return None
-    return e.call(node, node.target, x.args[0], *node.args[1:], val=node.meta["val"])
+    return e.call(node, node.target, x.args[0], *node.args[1:], val=e.like(node))
 
 
 @on(aten.log.default)
@@ -211,7 +211,7 @@ def log_of(e: Editor, node: fx.Node) -> fx.Node | None:
     """log(softmax(x)) is `log_softmax(x)`; log of a kept sum of exp(x) is `logsumexp(x)`."""
     x = node.args[0]
     if e.at(x, aten.softmax.int):
-        return e.call(node, aten.log_softmax.int, *x.args, val=node.meta["val"])
+        return e.call(node, aten.log_softmax.int, *x.args, val=e.like(node))
     over = _reduced_over(e, x, aten.sum.dim_IntList)
     if over is not None and e.at(over[0], aten.exp.default) and is_float(over[0].args[0]):
         return e.call(node, aten.logsumexp.default, over[0].args[0], [over[1]], True, val=node.meta["val"])
@@ -225,7 +225,7 @@ def log_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     over = _reduced_over(e, total, aten.logsumexp.default)
     if node.kwargs or over is None or over[0] is not x or not is_float(x):
         return None
-    return e.call(node, aten.log_softmax.int, x, over[1], val=node.meta["val"])
+    return e.call(node, aten.log_softmax.int, x, over[1], val=e.like(node))
 
 
 @on(aten.exp.default)
@@ -234,4 +234,4 @@ def exp_of(e: Editor, node: fx.Node) -> fx.Node | None:
     x = node.args[0]
     if not e.once(x, aten.log_softmax.int):
         return None
-    return e.call(node, aten.softmax.int, *x.args, val=node.meta["val"])
+    return e.call(node, aten.softmax.int, *x.args, val=e.like(node))

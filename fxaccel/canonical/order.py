@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, fx
 
 from fxaccel import ir
 from fxaccel.canonical.editor import Editor, aten
-from fxaccel.canonical.storage import Storage, is_pure
+from fxaccel.canonical.storage import Storage, follows, is_pure
 from fxaccel.canonical.values import is_dense, same_strides
 from fxaccel.ir import Program, target_name
 
@@ -148,15 +147,11 @@ def sort_operands(e: Editor) -> int:
     return changed
 
 
-_FOLLOWING = {aten.softmax.int, aten.log_softmax.int, aten.dropout.default, aten.cumsum.default,
-              aten.clone.default, aten.scaled_dot_product_attention.default, operator.getitem}  # fmt: skip
-
-
 def lay_out(e: Editor) -> int:
     """Bring strides in `meta["val"]` up to date behind the edits that changed a layout; how many changed."""
     changed: set[fx.Node] = set()
     for node in e.graph.nodes if e.relaid else ():
-        if not changed.intersection(node.all_input_nodes) or not _follows(node.target):
+        if not changed.intersection(node.all_input_nodes) or not follows(node.target):
             changed.update({node} & e.relaid)
             continue
         new = e.value(node, node.target, node.args, dict(node.kwargs))
@@ -166,14 +161,6 @@ def lay_out(e: Editor) -> int:
             changed.add(node)
     e.relaid.clear()
     return len(changed)
-
-
-def _follows(target: Any) -> bool:
-    """Whether results of an operator are laid out like its operands: views and elementwise operators."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return target in _FOLLOWING
-    views = any(r.alias_info for r in target._schema.returns)
-    return views or torch.Tag.pointwise in target.tags or target in _FOLLOWING
 
 
 # -- nodes -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor, Shape, aten, on
-from fxaccel.canonical.values import dtype, is_dense, is_tensor, rank, same_strides
+from fxaccel.canonical.values import dtype, is_dense, is_tensor, rank
 
 # -- permuting -------------------------------------------------------------------------------------
 
@@ -69,9 +69,6 @@ def permutation_before(e: Editor, node: fx.Node) -> fx.Node | None:
     order = [*range(lead + shift), *(d + shift for d in dims[lead:])]
     inner = e.call(node, aten.permute.default, x, order)
     result = e.call(node, aten.reshape.default, inner, sizes)
-    if e.exposed(node) and not same_strides(result.meta["val"], node.meta["val"]):
-        e.erase(result)
-        return None
     return result
 
 
@@ -110,9 +107,6 @@ def reshaping(e: Editor, node: fx.Node) -> fx.Node | None:
     result = base
     for i, (target, args) in enumerate(plan):
         result = e.call(node, target, result, *args, val=_known(e, vals, shape, i == len(plan) - 1))
-    if copied and e.exposed(node) and not same_strides(result.meta["val"], node.meta["val"]):
-        e.erase(result)
-        return None
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import fx
 
 from fxaccel import ir
 from fxaccel.ir import Program
+
+aten = torch.ops.aten
 
 
 @functools.cache
@@ -28,6 +31,22 @@ def is_pure(target: Any) -> bool:
     if not _plain(target) or target._opname in ir._KEPT:
         return False
     return torch.Tag.nondeterministic_seeded not in target.tags
+
+
+_FOLLOWING = {
+    aten.softmax.int, aten.log_softmax.int, aten.dropout.default, aten.cumsum.default, aten.clone.default,
+    aten.type_as.default, aten._to_copy.default, aten.scaled_dot_product_attention.default,
+    operator.getitem,
+}  # fmt: skip
+
+
+@functools.cache
+def follows(target: Any) -> bool:
+    """Whether results of an operator are laid out like its operands: views and elementwise operators."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target in _FOLLOWING
+    views = any(r.alias_info for r in target._schema.returns)
+    return views or torch.Tag.pointwise in target.tags or target in _FOLLOWING
 
 
 class Storage:

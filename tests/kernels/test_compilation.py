@@ -26,6 +26,7 @@ TARGETS = {  # and the shared memory that a program may use there
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FP32_POINTERS = {"mean_ptr", "rstd_ptr", "dw_ptr", "db_ptr", "lse_ptr", "delta_ptr", "dbias_ptr"}
 FLOATS = {"eps", "offset", "scale"}
@@ -126,7 +127,7 @@ KERNELS = {
 def flash(target, dtype, name, d, biased, causal=True):
     """Attention's kernels, causal by default: these hold the others' loop and one more."""
     amd = target.startswith("gfx")
-    config = _flash.choose(name, d, TYPES[dtype].itemsize, biased, amd)
+    config = _flash.choose(name, d, TYPES[dtype].itemsize, biased, CHIPS[target])
     constants = {
         "D": d,
         "E": d,

@@ -1,0 +1,113 @@
+"""Every architecture of the zoo, in eval and in train mode: captured, accelerated, and still what it was.
+
+`accelerate` itself compares outputs, gradients and buffers with the model, by a tolerance from float64;
+here that check must have been made, and no pass may have been dropped by it.
+"""
+
+import gc
+import logging
+import random
+import warnings
+
+import numpy
+import pytest
+import torch
+
+import fxaccel
+from fxaccel.pieces import Pieces
+from tests.zoo.torchvision_shim import importable
+
+with importable():
+    transformers_zoo = pytest.importorskip("tests.zoo.transformers_zoo")
+
+MODES = ("eval", "train")
+QUICK = ("gpt2", "llama", "gemma", "bert", "t5", "mixtral", "vit", "mamba")
+QUICK_TIMM = ("timm_resnet18", "timm_vit")
+# What is known not to be one graph, and why; all of these still run, in pieces.
+IN_PIECES: dict[str, str] = {}
+# What cannot be accelerated at all, by name or "name mode", and why.
+EXCEPTIONS: dict[str, str] = {}
+
+
+def transformers_entries():
+    return {e.name: e for e in transformers_zoo.entries()}
+
+
+def timm_entries():
+    try:
+        with importable():
+            import timm  # noqa: F401
+        from tests.zoo import timm_zoo
+    except (ImportError, RuntimeError):
+        return {}
+    return {e.name: e for e in timm_zoo.entries()}
+
+
+ENTRIES = transformers_entries() | timm_entries()
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+    gc.collect()
+    torch._dynamo.reset()
+
+
+def seed():
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    random.seed(0)
+
+
+def accelerated(entry, mode):
+    """The accelerated module after one call, or the exception that the call raised."""
+    with importable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seed()
+        model = entry.build().train(mode == "train")
+        inputs = entry.inputs()
+        seed()
+        fast = fxaccel.accelerate(model)
+        fast(**inputs)
+    return fast
+
+
+def inspect(fast, name):
+    """The report's verdict on the one capture, and whether it is one graph."""
+    (one,) = fast.__dict__["_fxaccel"].all
+    assert "checked against the model" in one.report.check, one.report.check
+    dropped = [p.error for p in one.report.passes if "dropped" in p.error or "failed its proof" in p.error]
+    assert not dropped, dropped
+    assert isinstance(one, Pieces) is (name in IN_PIECES), one.report.notes
+
+
+def cases(names):
+    return [pytest.param(n, m, id=f"{n}-{m}") for n in names for m in MODES]
+
+
+@pytest.mark.parametrize(("name", "mode"), cases(n for n in (*QUICK, *QUICK_TIMM) if n in ENTRIES))
+def test_a_few_architectures_are_captured_as_one_graph_and_checked(name, mode):
+    inspect(accelerated(ENTRIES[name], mode), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mode"), cases(ENTRIES))
+def test_every_architecture_is_accelerated_or_known_not_to_be(name, mode):
+    why = EXCEPTIONS.get(name) or EXCEPTIONS.get(f"{name} {mode}")
+    if why:
+        pytest.xfail(why)
+    inspect(accelerated(ENTRIES[name], mode), name)
+
+
+def test_the_zoo_is_large_enough():
+    transformers = [n for n in ENTRIES if not n.startswith("timm_")]
+    assert len(transformers) >= 60
+    assert len(ENTRIES) - len(transformers) in range(45, 200) or not timm_entries()
+
+
+def test_exceptions_name_entries_and_reasons():
+    for key, why in {**EXCEPTIONS, **IN_PIECES}.items():
+        assert key.split()[0] in ENTRIES or key.startswith("timm_")
+        assert len(why) > 10
