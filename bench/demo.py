@@ -1,6 +1,6 @@
-"""make demo: a sentence encoder with its own weights, and a small GPT trained on real text, before and after.
+"""make demo: a sentence encoder with its own weights, and a small GPT trained on real text.
 
-Writes out/report.txt, out/diff.txt, out/similarities.txt and out/training.png. About two minutes on two cores.
+Both before and after. Writes out/report.txt, out/diff.txt, out/similarities.txt and out/training.png.
 """
 
 import time
@@ -141,13 +141,19 @@ def training() -> None:
     original, ours, moved = losses.values()
     difference, allowed = float((ours - original).abs().max()), float((moved - original).abs().max())
     console.print(f"loss {original[0]:.3f} -> {original[-1]:.3f} (original), {ours[-1]:.3f} (accelerated)")
-    console.print(f"largest difference on the way: {difference:.1e}; moving the weights by one eps: {allowed:.1e}")
+    console.print(
+        f"largest difference on the way: {difference:.1e}; moving the weights by one eps: {allowed:.1e}"
+    )
     eps = torch.finfo(torch.float32).eps * float(original.max())
     assert difference <= 4 * allowed + 4 * eps, "the curves differ by no more than reassociation explains"
     figure, axes = plt.subplots(figsize=(8, 5))
     for (name, values), style in zip(losses.items(), ("-", "--", ":"), strict=True):
         axes.plot(values, style, label=name)
-    axes.set(xlabel="step", ylabel="loss (nats a byte)", title=f"GPT, 3 layers: largest difference {difference:.1e}")
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats a byte)",
+        title=f"GPT, 3 layers: largest difference {difference:.1e}",
+    )
     axes.legend()
     figure.savefig(OUT / "training.png", dpi=120)
     console.print(f"curves: {OUT / 'training.png'}")

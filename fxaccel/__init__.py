@@ -7,7 +7,12 @@ See README.md for the tutorial, `fxaccel.rule` for how a pass is written.
 
 from fxaccel.artifact import load
 from fxaccel.errors import (
-    ArtifactError, CaptureError, FxaccelError, OptionError, ProofError, RuleError,
+    ArtifactError,
+    CaptureError,
+    FxaccelError,
+    OptionError,
+    ProofError,
+    RuleError,
 )  # fmt: skip
 from fxaccel.module import AcceleratedModule, accelerate
 from fxaccel.rule import Pass, Rule, Rules, register

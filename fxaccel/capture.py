@@ -44,8 +44,7 @@ def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> n
         if isinstance(value, (dict, set)) and key.startswith("_"):
             attributes[key] = value.copy()  # hooks, buffers, parameters: own table, same entries
     attributes["_modules"] = {
-        name: None if child is None else clone_tree(child, memo)
-        for name, child in module._modules.items()
+        name: None if child is None else clone_tree(child, memo) for name, child in module._modules.items()
     }
     new.__dict__.update(attributes)
     return new
@@ -55,7 +54,7 @@ ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 
 
 def without_root_hooks(tree: nn.Module) -> nn.Module:
-    """`tree` without the root's own hooks, which run around the emitted forward as they did around the model's."""
+    """`tree` without the root's own hooks: they run around the emitted forward as around the model's."""
     for table in ROOT_HOOKS:
         tree.__dict__[table] = OrderedDict()
     return tree
@@ -167,7 +166,7 @@ class Call:
         return args, kwargs
 
     def paths(self) -> list[tuple[Any, int, int]]:
-        """For each leaf of the arguments' pytree its path, index, and the number of flat leaves it stands for."""
+        """For each leaf of the arguments' pytree its path, index, and how many flat leaves it stands for."""
         plain = range(self.spec.spec.num_leaves)
         found = pytree.tree_flatten_with_path(pytree.tree_unflatten(plain, self.spec.spec))[0]
         sizes = {i: s.attributes.size if isinstance(s, Opened) else 0 for i, s in self.spec.special.items()}
@@ -221,8 +220,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
     if failures:
         program.notes.append(
-            "the sizes of this call are fixed: with symbolic sizes export said "
-            f"{_first_line(failures[0])!r}"
+            f"the sizes of this call are fixed: with symbolic sizes export said {_first_line(failures[0])!r}"
         )
     return program
 
@@ -313,9 +311,7 @@ def _is_user(filename: str) -> bool:
 # -- from ExportedProgram to Program ---------------------------------------------------------------
 
 
-def _program(
-    exported: ExportedProgram, wrapper: _FlatCall, example: Call, module: nn.Module
-) -> Program:
+def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, module: nn.Module) -> Program:
     signature = exported.graph_signature
     graph, state, constants, inputs = fx.Graph(), {}, {}, []
     env: dict[fx.Node, fx.Node] = {}
@@ -349,11 +345,22 @@ def _program(
     for i, name in zip(example.tensor_at, inputs, strict=True):
         by_leaf[i] = name
     program = Program(
-        graph=graph, root=exported.graph_module, state=state, constants=constants, ties=ties(module), inputs=tuple(by_leaf),
-        baked=example.baked, in_spec=example.spec, out_spec=wrapper.result.spec,
-        sizes={}, guards=(), hints={}, buffers=frozenset(dict(module.named_buffers(remove_duplicate=False))),
+        graph=graph,
+        root=exported.graph_module,
+        state=state,
+        constants=constants,
+        ties=ties(module),
+        inputs=tuple(by_leaf),
+        baked=example.baked,
+        in_spec=example.spec,
+        out_spec=wrapper.result.spec,
+        sizes={},
+        guards=(),
+        hints={},
+        buffers=frozenset(dict(module.named_buffers(remove_duplicate=False))),
         contiguous=frozenset(n for n, t in zip(inputs, example.tensors, strict=True) if t.is_contiguous()),
-        training=module.training, grad=torch.is_grad_enabled(),
+        training=module.training,
+        grad=torch.is_grad_enabled(),
     )
     _read_symbols(program, exported, example)
     _drop_mode_noise(program)
@@ -406,7 +413,9 @@ class _Inliner:
             region, inner = self.region_of(node, owner)
             if region is not None:
                 given = fx.map_arg(node.args[inner[0] + 1 :], lambda n: env[n])
-                inside = {p: a for p, a in zip(inner[1].graph.find_nodes(op="placeholder"), given, strict=True)}
+                inside = {
+                    p: a for p, a in zip(inner[1].graph.find_nodes(op="placeholder"), given, strict=True)
+                }
                 env[node] = self.inline(inner[1].graph, inner[1], inside, (*regions, region))
             elif getattr(node.target, "__name__", "") == "getitem" and isinstance(
                 env.get(node.args[0]), list
@@ -490,7 +499,7 @@ def _drop_mode_noise(program: Program) -> None:
     """Take out `grad` regions that only repeat the gradient mode the whole graph is run in."""
     for node in program.graph.nodes:
         kept, grad = [], program.grad
-        for region in node.meta["regions"] if "regions" in node.meta else ():
+        for region in node.meta.get("regions", ()):
             if region.kind == "grad":
                 if region.args[0] == grad:
                     continue

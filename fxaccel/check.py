@@ -2,9 +2,9 @@
 
 Outputs, gradients of every parameter and input, and buffers after the call are compared, with the random
 state of the call. The yardstick is the captured graph in float64: the emitted module may lose two bits
-against the original (fxaccel.proof says what that means). Where the graph has no float64 run (random operators draw
-other numbers, some operators take one dtype only) the yardstick is what a change of every parameter and
-input by one eps does to the graph.
+against the original (fxaccel.proof says what that means). Where the graph has no float64 run (random
+operators draw other numbers, some operators take one dtype only) the yardstick is what a change of every
+parameter and input by one eps does to the model.
 """
 
 from __future__ import annotations
@@ -183,9 +183,7 @@ def _gradients(outputs: list[Any], watched: dict[str, Tensor]) -> dict[str, Any]
 # -- yardsticks ------------------------------------------------------------------------------------
 
 
-def _in_float64(
-    raw: Program, original: nn.Module, example: Call, state: Tensor
-) -> dict[str, Any] | None:
+def _in_float64(raw: Program, original: nn.Module, example: Call, state: Tensor) -> dict[str, Any] | None:
     """What the captured graph shows in float64, None where it cannot be run so."""
     if any(is_random(n) for n in raw.graph.nodes):
         return None
@@ -221,9 +219,7 @@ def _nudged(value: Tensor) -> Tensor:
     return value * (1 + torch.finfo(value.dtype).eps * signs.to(value.device)).to(value.dtype)
 
 
-def _difference(
-    old: Any, new: Any, reference: Any, yardstick: str, moved: Any
-) -> tuple[float, str]:
+def _difference(old: Any, new: Any, reference: Any, yardstick: str, moved: Any) -> tuple[float, str]:
     """Distance as a share of the tolerance, or a sentence where the two cannot be compared."""
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         same = old is new or (type(old) is type(new) and old == new)

@@ -83,7 +83,9 @@ def _place(
     if same not in made:
         value = tensors[same].to(entry["device"])
         made[same] = (
-            nn.Parameter(value, requires_grad=bool(entry["trains"])) if entry["kind"] == "parameter" else value
+            nn.Parameter(value, requires_grad=bool(entry["trains"]))
+            if entry["kind"] == "parameter"
+            else value
         )
     if entry["kind"] == "parameter":
         owner._parameters[key] = made[same]  # type: ignore[assignment]
@@ -119,7 +121,9 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
     if placeholders != {*program.state, *(n for n in program.inputs if n is not None)}:
         raise ValueError("inputs and state are not those of the graph")
     for name in filter(None, program.inputs):  # their sizes become part of generated code
-        used = {str(s) for size in program.placeholder(name).meta["val"].shape for s in expr(size).free_symbols}
+        used = {
+            str(s) for size in program.placeholder(name).meta["val"].shape for s in expr(size).free_symbols
+        }
         if not used <= set(program.sizes):
             raise ValueError(f"the sizes of input {name!r} are not arithmetic on the known ones")
     manifest = Manifest()
@@ -185,7 +189,8 @@ def _load_value(data: Any, env: dict[str, fx.Node]) -> Any:
     if kind == "node":
         return env[value]
     if kind in ("tuple", "slice"):
-        return {"tuple": tuple, "slice": lambda v: slice(*v)}[kind]([_load_value(v, env) for v in value])
+        items = [_load_value(v, env) for v in value]
+        return tuple(items) if kind == "tuple" else slice(*items)
     if kind in ("dtype", "layout", "memory_format"):
         found = getattr(torch, value)
         if not isinstance(found, getattr(torch, kind)):

@@ -67,7 +67,8 @@ def parse(text: str) -> Pass:
     if name not in passes:
         close = get_close_matches(name, passes, 1)
         raise OptionError(
-            f"there is no pass {name!r}", f"did you mean {close[0]!r}?" if close else f"there are {list(passes)}"
+            f"there is no pass {name!r}",
+            f"did you mean {close[0]!r}?" if close else f"there are {list(passes)}",
         )
     cls = passes[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}

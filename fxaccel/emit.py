@@ -41,7 +41,9 @@ avg_pool2d:nn adaptive_avg_pool2d:nn pad:nn
 contiguous:method expand:method repeat:method reshape:method to:method type_as:method
 view:method
 """
-_PLAIN_OVERLOADS = re.compile(r"default|Tensor|Scalar|Tensor_Scalar|int|dim|ScalarOpt_dim|dtype|self|start_step")
+_PLAIN_OVERLOADS = re.compile(
+    r"default|Tensor|Scalar|Tensor_Scalar|int|dim|ScalarOpt_dim|dtype|self|start_step"
+)
 _POSITIONAL = {"to": 4}  # arguments above this number are keyword-only in the binding
 _OPERATORS = {
     operator.getitem: "{}[{}]", operator.add: "{} + {}", operator.sub: "{} - {}",
@@ -86,8 +88,8 @@ class Code:
         for name, (kind, path) in self.tables.items():
             owner = module.get_submodule(path)
             namespace[name] = owner._parameters if kind == "parameter" else owner._buffers
-        exec(compile(self.source, filename, "exec"), namespace)  # noqa: S102
-        linecache.cache[filename] = (lambda: self.source,)  # type: ignore[assignment]  # for tracebacks
+        exec(compile(self.source, filename, "exec"), namespace)
+        linecache.cache[filename] = (lambda: self.source,)  # for tracebacks
         weakref.finalize(namespace["forward"], linecache.cache.pop, filename, None)
         return namespace
 
@@ -112,7 +114,9 @@ class _Emitter:
         body = [n for n in nodes if n.op not in ("placeholder", "output")]
         for node in nodes:
             if node.op == "placeholder":
-                self.names[node] = self.state_read(node) if node.name in self.program.state else self.local(node.name)
+                self.names[node] = (
+                    self.state_read(node) if node.name in self.program.state else self.local(node.name)
+                )
         output = nodes[-1]
         inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
         last_use = _last_uses(body, output.all_input_nodes)
@@ -164,9 +168,7 @@ class _Emitter:
 
     # -- statements -------------------------------------------------------------------------------
 
-    def block(
-        self, body: list[fx.Node], last_use: dict[fx.Node, list[fx.Node]], depth: int
-    ) -> list[str]:
+    def block(self, body: list[fx.Node], last_use: dict[fx.Node, list[fx.Node]], depth: int) -> list[str]:
         """Statements for consecutive nodes; nodes with a region at `depth` become one inner block."""
         lines: list[str] = []
         for region, nodes in _runs(body, depth):
@@ -245,7 +247,11 @@ class _Emitter:
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
             name = target._opname
             limit = _POSITIONAL.get(name, len(node.args))
-            if name in _BINDINGS and len(node.args) <= limit and _PLAIN_OVERLOADS.fullmatch(target._overloadname):
+            if (
+                name in _BINDINGS
+                and len(node.args) <= limit
+                and _PLAIN_OVERLOADS.fullmatch(target._overloadname)
+            ):
                 return self.constant(name, _BINDINGS[name])
         direct = _direct(node)
         return self.constant(re.sub(r"\W", "_", target_name(target)), direct or target)

@@ -245,5 +245,3 @@ def _tree(spec: pytree.TreeSpec) -> Any:
     if not isinstance(spec.context, (list, tuple)) or len(spec.context) != len(inner):
         raise ArtifactError(f"a {spec.type.__name__} in the arguments or results cannot be saved")
     return {"keys": list(spec.context), "type": _class_name(spec.type), "values": inner}
-
-

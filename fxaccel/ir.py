@@ -310,9 +310,7 @@ def source(node: fx.Node) -> str:
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether `node` calls one of `targets` (any call where none is given)."""
     return (
-        isinstance(node, fx.Node)
-        and node.op == "call_function"
-        and (not targets or node.target in targets)
+        isinstance(node, fx.Node) and node.op == "call_function" and (not targets or node.target in targets)
     )
 
 
@@ -399,8 +397,11 @@ def region_context(region: Region) -> Any:
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _RANDOM_TAG = torch.Tag.nondeterministic_seeded
-_MAY_ALIAS_FIRST = {torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default,
-                    torch.ops.aten.alpha_dropout.default}  # return their input itself in eval mode
+_MAY_ALIAS_FIRST = {
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+}  # return their input itself in eval mode
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
@@ -429,8 +430,13 @@ def is_random(node: fx.Node) -> bool:
     return True
 
 
-_KEPT = {"_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range",
-         "sym_constrain_range_for_size"}
+_KEPT = {
+    "_assert_async",
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}
 
 
 def has_effect(node: fx.Node) -> bool:

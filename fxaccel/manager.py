@@ -17,9 +17,19 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxaccel.errors import FxaccelError, OptionError, ProofError, RuleError
+from fxaccel.errors import FxaccelError, OptionError, RuleError
 from fxaccel.ir import (
-    Program, assumed, call, eliminate_dead, expr, has_effect, is_random, path, source, target_name, written,
+    Program,
+    assumed,
+    call,
+    eliminate_dead,
+    expr,
+    has_effect,
+    is_random,
+    path,
+    source,
+    target_name,
+    written,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops, Pattern, find
 from fxaccel.proof import Claim, Manifest, Proof, describe, fragment, prove
@@ -118,7 +128,7 @@ def run(
 
 
 def _absorb(one: Pass, program: Program) -> None:
-    """Restrict the capture to the sizes that the pass has relied on (it asked a symbolic size for its value)."""
+    """Restrict the capture to the sizes that the pass relied on (it asked a symbolic size for its value)."""
     added = assumed(program)
     if added:
         program.guards += added
@@ -155,7 +165,9 @@ def _transaction(
         if strict:
             raise
         record.applied.clear()
-        record.error = error.message if isinstance(error, FxaccelError) else f"{type(error).__name__}: {error}"
+        record.error = (
+            error.message if isinstance(error, FxaccelError) else f"{type(error).__name__}: {error}"
+        )
         return program
     return work
 
@@ -181,7 +193,11 @@ def _same_type(old: Any, new: Any, what: str, name: str) -> None:
     a = old.meta["val"] if isinstance(old, fx.Node) else old
     b = new.meta["val"] if isinstance(new, fx.Node) else new
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.dtype == b.dtype and list(map(expr, a.shape)) == list(map(expr, b.shape)) and a.device == b.device:
+        if (
+            a.dtype == b.dtype
+            and list(map(expr, a.shape)) == list(map(expr, b.shape))
+            and a.device == b.device
+        ):
             return
         raise RuleError(
             f"{name} changed the type of {what}: had {a.dtype}{list(a.shape)} on {a.device}, "
@@ -336,9 +352,7 @@ class _Local:
             returned = rule.rewrite(Ops(make), m)
         outputs = returned if isinstance(returned, tuple) else (returned,)
         if len(outputs) != len(m.outputs) or not all(isinstance(o, fx.Node) for o in outputs):
-            raise RuleError(
-                f"{name}.rewrite returned {len(outputs)} values, its pattern {len(m.outputs)}"
-            )
+            raise RuleError(f"{name}.rewrite returned {len(outputs)} values, its pattern {len(m.outputs)}")
         for old, new in zip(m.outputs, outputs, strict=True):
             _same_type(old, new, f"%{old.name}", name)
         proof = self.driver.prove(name, m.nodes, made, m.outputs, outputs)

@@ -192,4 +192,3 @@ def _restore(bare: nn.Module, settings: Settings, replacements: list[Any]) -> Ac
     fast = wrap(bare, settings)
     fast.__dict__[_KEY].replacements = replacements
     return fast
-

@@ -68,9 +68,7 @@ class Pieces:
 
         verdict = compare_runs(emitted, original, module, example, None)
         if not verdict.ok:
-            raise CaptureError(
-                f"{self.why.message}; in pieces, {verdict.why}", self.why.hint
-            ) from self.why
+            raise CaptureError(f"{self.why.message}; in pieces, {verdict.why}", self.why.hint) from self.why
         self.check = str(verdict)
 
     @property

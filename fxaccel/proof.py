@@ -1,7 +1,8 @@
 """A match is a hypothesis; here it is tried. The matched nodes and their replacement run side by side.
 
 Both run on random inputs with the site's dtypes and fixed sizes, symbolic sizes once odd and unequal and once
-even, with its own strides and with permuted ones, forward and, where gradients flow, backward. Two questions are asked:
+even, with its own strides and with permuted ones, forward and, where gradients flow, backward. Two questions
+are asked:
 
 algebra    in float64 both must agree to within what a relative error of 2**-42 in every operator does to
            the original (about a thousand float64 eps: room for another order of summation, not for
@@ -148,6 +149,7 @@ def key(program: Program, claim: Claim) -> str:
 
 
 def describe(val: Any) -> str:
+    """Dtype, sizes and strides of a node's value, as text that is equal for equal kinds of values."""
     if not is_tensor(val):
         return f"{type(val).__name__} {val}"
     shape, stride = [str(expr(s)) for s in val.shape], [str(expr(s)) for s in val.stride()]
@@ -186,8 +188,12 @@ class _Trial:
             for i, sizes in enumerate(self.sizes()):
                 for permuted in (False, True):
                     generator = torch.Generator().manual_seed(seed + i)
-                    values = [materialise(n.meta["val"], sizes, generator, permuted) for n in self.before.inputs]
-                    why = self.compare(values, f"sizes {_text(sizes)}{', permuted strides' if permuted else ''}")
+                    values = [
+                        materialise(n.meta["val"], sizes, generator, permuted) for n in self.before.inputs
+                    ]
+                    why = self.compare(
+                        values, f"sizes {_text(sizes)}{', permuted strides' if permuted else ''}"
+                    )
                     if why is None:
                         continue
                     if why:
@@ -198,9 +204,7 @@ class _Trial:
         return self.verdict(True, "")
 
     def verdict(self, ok: bool, why: str) -> Proof:
-        return Proof(
-            self.name, self.rule, ok, why, self.error, self.grad_error, tuple(self.trials)
-        )
+        return Proof(self.name, self.rule, ok, why, self.error, self.grad_error, tuple(self.trials))
 
     # -- inputs -----------------------------------------------------------------------------------
 
@@ -224,7 +228,7 @@ class _Trial:
     # -- comparison -------------------------------------------------------------------------------
 
     def compare(self, values: list[Any], trial: str) -> str | None:
-        """"" where both agree, None where the trial says nothing, else the sentence."""
+        """ "" where both agree, None where the trial says nothing, else the sentence."""
         wide = [widen(v) for v in values]
         try:
             reference = self.run(self.before, wide, double=True)
@@ -304,7 +308,9 @@ def share_of_tolerance(
     if (torch.isfinite(ref) & torch.isfinite(old) & ~torch.isfinite(new)).any():
         return math.inf
     eps = torch.finfo(new.dtype).eps
-    largest = float(torch.nan_to_num(ref.detach(), posinf=0.0, neginf=0.0).abs().max()) if ref.numel() else 0.0
+    largest = (
+        float(torch.nan_to_num(ref.detach(), posinf=0.0, neginf=0.0).abs().max()) if ref.numel() else 0.0
+    )
     condition = 0.0 if moved is None else distance(ref, moved) / UNSTEADY
     allowed = _LOST * (distance(ref, old) + eps * condition) + 2 * eps * largest
     found = distance(ref, new)
@@ -312,6 +318,7 @@ def share_of_tolerance(
 
 
 def distance(ref: Tensor, value: Tensor) -> float:
+    """Largest absolute difference where both are finite; 0 for empty tensors."""
     if not ref.numel():
         return 0.0
     difference = (widen(value) - ref).detach().abs()
@@ -362,7 +369,7 @@ def holds(guards: Iterable[str], sizes: dict[str, int]) -> bool:
     scope = {"__builtins__": {}, "max": max, "min": min, **sizes}
     for guard in guards:
         code = compile(guard, "<guard>", "eval")
-        if set(code.co_names) <= scope.keys() and not eval(code, scope):  # noqa: S307
+        if set(code.co_names) <= scope.keys() and not eval(code, scope):
             return False
     return True
 
@@ -443,4 +450,3 @@ def _sizes(dims: Iterable[Any], sizes: dict[str, int]) -> list[int]:
 
 def _text(sizes: dict[str, int]) -> str:
     return "as captured" if not sizes else ", ".join(f"{v}" for v in sizes.values())
-

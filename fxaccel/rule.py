@@ -132,8 +132,10 @@ def register(cls: type[P]) -> type[P]:
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cls.name):
         raise RuleError(f"{cls.__name__}.name is {cls.name!r}, expected words joined by hyphens")
     if cls.numerics not in NUMERICS or cls.step not in STEPS:
-        raise RuleError(f"{cls.__name__} has numerics {cls.numerics!r} and step {cls.step!r}, "
-                        f"expected one of {NUMERICS} and of {STEPS}")
+        raise RuleError(
+            f"{cls.__name__} has numerics {cls.numerics!r} and step {cls.step!r}, "
+            f"expected one of {NUMERICS} and of {STEPS}"
+        )
     known = _registry.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise OptionError(

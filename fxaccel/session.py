@@ -190,7 +190,7 @@ class Session:
 
     # -- capture ----------------------------------------------------------------------------------
 
-    @_disable_dynamo  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:
         """Capture this call, run the passes, check the result, and keep it."""
         original = self.restored(module)
@@ -290,7 +290,9 @@ class Session:
             for name, tensor in zip(one.new, made, strict=True):
                 owner, key = _owner(module, name)
                 floating = tensor.dtype.is_floating_point
-                owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
+                owner._parameters[key] = nn.Parameter(
+                    tensor.detach().clone(), requires_grad=trains and floating
+                )
             self.replacements.append(one)
 
     def restored(self, module: Any) -> nn.Module:
@@ -343,7 +345,9 @@ class Session:
     def report(self) -> Report:
         captures = [c.report for c in self.all]
         if self.dropped and captures:
-            note = f"{self.dropped} captures were dropped for others (max_captures={self.settings.max_captures})"
+            note = (
+                f"{self.dropped} captures were dropped for others (max_captures={self.settings.max_captures})"
+            )
             captures[-1] = replace(captures[-1], notes=[*captures[-1].notes, note])
         return Report(captures)
 
@@ -354,7 +358,9 @@ class Session:
         from fxaccel.diff import Diff
 
         if not self.captures:
-            raise OptionError("nothing is captured yet, so there is nothing to compare", "call the model once")
+            raise OptionError(
+                "nothing is captured yet, so there is nothing to compare", "call the model once"
+            )
         one = self.all[index]
         if isinstance(one, Pieces):
             raise OptionError("the model was captured in pieces, which have no one diff", "see fast.report()")

@@ -13,7 +13,7 @@ Source     Dao 2023, "FlashAttention-2", arXiv:2307.08691; Milakov & Gimelshein 
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -426,7 +426,8 @@ class _Problem:
     ) -> None:
         (self.b, self.h, self.s, self.d), (self.g, self.t, self.e) = q.shape, v.shape[1:]
         self.q, self.k, self.v = _unit(q, k, v)
-        self.bias, self.bias_strides = None, (0, 0, 0, 0)
+        self.bias: Tensor | None = None
+        self.bias_strides: tuple[int, ...] = (0, 0, 0, 0)
         if bias is not None:
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
             self.bias_strides = bias.expand(self.b, self.h, self.s, self.t).stride()
@@ -470,7 +471,7 @@ def launch_forward(
     causal: bool,
     scale: float,
     save: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Any, ...]:
     """out, laid out as [B, S, H, E], and lse (base 2) if it is to be saved."""
     p = _Problem(q, k, v, bias, causal, scale)
     out = q.new_empty(p.b, p.s, p.h, p.e).transpose(1, 2)
@@ -494,12 +495,12 @@ def launch_backward(
     causal: bool,
     scale: float,
     bias_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Any, ...]:
     """dq, dk, dv, and dbias in fp32 if asked for."""
     p = _Problem(q, k, v, bias, causal, scale)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     if not (out.numel() and k.numel()):
-        dbias = bias.new_zeros(bias.shape, dtype=torch.float32) if bias_grad else None
+        dbias = lse.new_zeros(bias.shape, dtype=torch.float32) if bias_grad and bias is not None else None
         return *(g.zero_() for g in grads), dbias
     dout, out = _unit(dout, out)
     delta = torch.empty_like(lse)
@@ -520,7 +521,7 @@ def launch_backward(
     return *grads, _bias_gradient(p, given, strides, bias) if bias_grad else None
 
 
-def _bias_gradient(p: _Problem, given: tuple, strides: tuple, bias: Tensor) -> Tensor:
+def _bias_gradient(p: _Problem, given: tuple[Any, ...], strides: tuple[Any, ...], bias: Any) -> Tensor:
     config = p.config("bias")
     rows, cols = -(-p.s // config.m), -(-p.t // config.n)
     shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)

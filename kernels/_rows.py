@@ -11,7 +11,7 @@ Source     Zhang & Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.0
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -272,7 +272,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -287,13 +287,13 @@ def launch_forward(
     centred: bool,
     round_first: bool = False,
     save: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Any, ...]:
     """y, then h if there is an r, then mean and rstd if they are to be saved (mean only if centred)."""
     c = x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = None if r is None else torch.empty_like(y)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) if save else None
-    mean = torch.empty_like(rstd) if save and centred else None
+    mean = torch.empty_like(rstd) if rstd is not None and centred else None
     if x.numel():
         rows, residual = _rows(x), None if r is None else _rows(r)
         w, b = _contiguous(w, b)
@@ -319,7 +319,7 @@ def launch_backward(
     *,
     weight_grad: bool,
     bias_grad: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Any, ...]:
     """dx (dh included), then the gradients of w and b in fp32 where asked for."""
     c = h.shape[-1]
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
@@ -327,7 +327,8 @@ def launch_backward(
     tiles = -(-n // config.rows)
     programs = min(tiles, _multiprocessors(h.device) * max(1, 16 // config.warps))
     allocate = torch.zeros if config.wide or not n else torch.empty
-    shape, kind = (programs, c), {"dtype": torch.float32, "device": h.device}
+    shape: tuple[int, int] = (programs, c)
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": h.device}
     dw = allocate(shape, **kind) if weight_grad else None
     db = allocate(shape, **kind) if bias_grad else None
     if h.numel():

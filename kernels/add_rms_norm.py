@@ -51,7 +51,8 @@ def launch(
     round_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the Triton kernel. No checks: the caller has asked `unsupported`."""
-    return _rows.launch_forward(x, r, w, None, eps, offset, centred=False, round_first=round_first)[:2]
+    y, h, *_ = _rows.launch_forward(x, r, w, None, eps, offset, centred=False, round_first=round_first)
+    return y, h
 
 
 def compose(

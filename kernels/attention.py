@@ -15,6 +15,7 @@ Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691; Ai
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     return (-q, -scale, -1.0) if scale else (torch.zeros_like(q), 1.0, 0.0)
 
 
-def _fitted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """q, k, v of one head size and unit last stride, which the CPU kernel assumes and does not check."""
     width = max(q.shape[3], v.shape[3])
     padded = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
@@ -155,13 +156,13 @@ def _compose_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Any,
     out: Tensor,
     lse: Tensor,
     causal: bool,
     scale: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """dq, dk, dv, and dbias in lse's dtype."""
     if not (q.numel() and k.numel() and v.numel()):
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
@@ -212,11 +213,11 @@ def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, s
 
 def _save_cuda(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
     return _flash.launch_forward(q, k, v, bias, causal, scale, save=True)
 
 
-def _backward_cuda(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_cuda(*args: Any) -> tuple[Any, ...]:
     *grads, dbias = _flash.launch_backward(*args)
     return *grads, args[6].new_empty(0) if dbias is None else dbias
 
@@ -238,13 +239,13 @@ def _backward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Any,
     out: Tensor,
     lse: Tensor,
     causal: bool,
     scale: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     return *grads, lse.new_empty(bias.shape if bias_grad else (0,))
 
@@ -252,7 +253,7 @@ def _backward_fake(
 def _double_or(launch_kernel):
     """The GPU's kernel: `launch_kernel`, and `reference` for float64, which Triton's kernel leaves out."""
 
-    def kernel(q: Tensor, *args: object) -> Tensor:
+    def kernel(q: Tensor, *args: Any) -> Tensor:
         return (reference if q.dtype == torch.float64 else launch_kernel)(q, *args)
 
     return kernel
@@ -301,7 +302,7 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, dbias.to(bias.dtype) if bias_grad else None, None, None
 
 
-def _derivative(q: Tensor, *args: object) -> Tensor:
+def _derivative(q: Tensor, *args: Any) -> Tensor:
     double = q.dtype == torch.float64 and q.device.type == "cuda"
     return reference(q, *args) if double else Attention.apply(q, *args)
 

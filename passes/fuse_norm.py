@@ -73,9 +73,7 @@ class AddRMSNorm(Rule):
 
     def rewrite(self, op: Ops, m: Match):
         offset = m.offset if m.chose("offset") else 0.0
-        return op.fxaccel.add_rms_norm.default(
-            m.x, m.r, m.w, m.eps, float(offset), m.chose("cast_first")
-        )
+        return op.fxaccel.add_rms_norm.default(m.x, m.r, m.w, m.eps, float(offset), m.chose("cast_first"))
 
 
 class AddLayerNorm(Rule):

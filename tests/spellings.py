@@ -251,7 +251,7 @@ linear.other += [
 
 conv1d = idiom("linear of a transposed weight", "permute linear", w=(E, M), b=(M,))
 conv1d.same += [
-    lambda m, x: torch.addmm(m.b, x.view(-1, x.size(-1)), m.w).view(x.size()[:-1] + (M,)),
+    lambda m, x: torch.addmm(m.b, x.view(-1, x.size(-1)), m.w).view((*x.size()[:-1], M)),
     lambda m, x: x @ m.w + m.b,
     lambda m, x: torch.einsum("bse,em->bsm", x, m.w) + m.b,
     lambda m, x: F.linear(x, m.w.t(), m.b),
@@ -322,7 +322,7 @@ signs = idiom("signs and numbers", "sub neg", (B, S), (B, S))
 signs.same += [
     lambda m, x, y: ((x - y) * 2, -y),
     lambda m, x, y: ((x + -y) * 2, y * -1),
-    lambda m, x, y: (torch.rsub(y, x).mul(2.0), -(-(-y))),
+    lambda m, x, y: (torch.rsub(y, x).mul(2.0), y.neg().neg().neg()),
     lambda m, x, y: (2 * torch.sub(x, y, alpha=1), y / -1),
     lambda m, x, y: ((-y + x) * torch.tensor(2.0), y.neg() + 0),
 ]
@@ -356,7 +356,9 @@ def _at_least(i: Tensor, j: Tensor) -> Tensor:
 additive = idiom("an added mask", "where add", (B, S, S), (S,), (S,))
 additive.same += [
     lambda m, x, i, j: x + torch.where(_at_least(i, j), torch.zeros(()), -9.0),
-    lambda m, x, i, j: x + torch.where(_at_least(i, j)[None].expand(x.shape[0], -1, -1), torch.zeros(()), -9.0),
+    lambda m, x, i, j: (
+        x + torch.where(_at_least(i, j)[None].expand(x.shape[0], -1, -1), torch.zeros(()), -9.0)
+    ),
     lambda m, x, i, j: torch.where(~_at_least(i, j).expand_as(x), -9, torch.full((), 0.0)).add(x),
 ]
 additive.other += [
@@ -374,31 +376,3 @@ counts.other += [
     lambda m, x: x.mean() * torch.arange(3, 3 + x.shape[1]),
     lambda m, x: x.mean() * (torch.arange(1, x.shape[1] + 1) + 3),
 ]
-
-rows = idiom("rows flattened for a while", "permute reshape linear relu", (B, S, 4, 3), w=(E, 12), b=(E,))
-rows.same += [
-    lambda m, x: F.linear(x.transpose(1, 2).reshape(x.shape[0], -1, 12), m.w, m.b).relu(),
-    lambda m, x: F.linear(x.transpose(1, 2).reshape(-1, 12), m.w, m.b).relu().view(x.shape[0], x.shape[1], E),
-    lambda m, x: F.relu_(F.linear(x.transpose(1, 2).reshape(-1, 12), m.w, m.b).unflatten(0, x.shape[:2])),
-]
-rows.other += [
-    lambda m, x: F.linear(x.reshape(x.shape[0], -1, 12), m.w, m.b).relu(),
-    lambda m, x: F.linear(x.transpose(1, 2).reshape(-1, 12), m.w, m.b).relu().view(x.shape[1], x.shape[0], E),
-]
-
-streams = idiom("a flattened residual stream", "linear add", w=(E, E))
-streams.same += [
-    lambda m, x: F.linear(x, m.w) + x.sin(),
-    lambda m, x: (F.linear(x.view(-1, E), m.w) + x.sin().view(-1, E)).view(x.shape),
-    lambda m, x: (F.linear(x, m.w).flatten(0, 1) + x.flatten(0, 1).sin()).unflatten(0, x.shape[:2]),
-]
-streams.other += [lambda m, x: F.linear(x, m.w) - x.sin(), lambda m, x: F.linear(x, m.w.t()) + x.sin()]
-
-scores = idiom("a product of computed matrices", "permute matmul", (S, 4), (7, 4))
-scores.same += [
-    lambda m, x, y: x.sin() @ y.t(),
-    lambda m, x, y: F.linear(x.sin(), y),
-    lambda m, x, y: torch.einsum("id,jd->ij", x.sin(), y),
-    lambda m, x, y: torch.mm(x.sin(), y.T),
-]
-scores.other += [lambda m, x, y: y @ x.sin().t(), lambda m, x, y: x.sin() @ y.flip(0).t()]

@@ -247,3 +247,33 @@ rotary.other += [
     lambda m, x, c, s: x * s + torch.cat((-x[..., 4:], x[..., :4]), -1) * c,
     lambda m, x, c, s: x * c + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * s,
 ]
+
+# -- rows and matrices -----------------------------------------------------------------------------
+
+rows = idiom("rows flattened for a while", "permute reshape linear relu", (B, S, 4, 3), w=(E, 12), b=(E,))
+rows.same += [
+    lambda m, x: F.linear(x.transpose(1, 2).reshape(x.shape[0], -1, 12), m.w, m.b).relu(),
+    lambda m, x: F.linear(x.transpose(1, 2).reshape(-1, 12), m.w, m.b).relu().view(x.shape[0], x.shape[1], E),
+    lambda m, x: F.relu_(F.linear(x.transpose(1, 2).reshape(-1, 12), m.w, m.b).unflatten(0, x.shape[:2])),
+]
+rows.other += [
+    lambda m, x: F.linear(x.reshape(x.shape[0], -1, 12), m.w, m.b).relu(),
+    lambda m, x: F.linear(x.transpose(1, 2).reshape(-1, 12), m.w, m.b).relu().view(x.shape[1], x.shape[0], E),
+]
+
+streams = idiom("a flattened residual stream", "linear add", w=(E, E))
+streams.same += [
+    lambda m, x: F.linear(x, m.w) + x.sin(),
+    lambda m, x: (F.linear(x.view(-1, E), m.w) + x.sin().view(-1, E)).view(x.shape),
+    lambda m, x: (F.linear(x, m.w).flatten(0, 1) + x.flatten(0, 1).sin()).unflatten(0, x.shape[:2]),
+]
+streams.other += [lambda m, x: F.linear(x, m.w) - x.sin(), lambda m, x: F.linear(x, m.w.t()) + x.sin()]
+
+scores = idiom("a product of computed matrices", "permute matmul", (S, 4), (7, 4))
+scores.same += [
+    lambda m, x, y: x.sin() @ y.t(),
+    lambda m, x, y: F.linear(x.sin(), y),
+    lambda m, x, y: torch.einsum("id,jd->ij", x.sin(), y),
+    lambda m, x, y: torch.mm(x.sin(), y.T),
+]
+scores.other += [lambda m, x, y: y @ x.sin().t(), lambda m, x, y: x.sin() @ y.flip(0).t()]

@@ -366,6 +366,7 @@ def test_regions_cannot_become_code(small, tmp_path):
     for region in (
         ["grad", 0, [EVIL.format(trace)]],
         [evil, 0, []],
+        [f"x\n        {EVIL.format(trace)}, ", 0, []],
         ["stage", evil, []],
         ["autocast", 0, [evil, None, True, True]],
     ):

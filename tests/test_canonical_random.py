@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.canonical_checks import check
 from tests.spellings import Written
-from tests.test_canonical import check
 
 # Each takes the module and two tensors of one shape [..., 6] and gives two of one shape again.
 MOVES = [

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import fxaccel
 from fxaccel.errors import CaptureError
+from fxaccel.pieces import Pieces
 from tests.zoo.torchvision_shim import importable
 
 F = nn.functional
@@ -51,7 +52,11 @@ def same(got, want):
             assert a == b or hasattr(a, "__dict__")
 
 
-def agree(model, fast, *args, **kwargs):
+def in_pieces(fast):
+    return any(isinstance(c, Pieces) for c in fast.__dict__["_fxaccel"].all)
+
+
+def agree(model, fast, *args, pieces=False, **kwargs):
     """Call both with equal arguments and random state; compare results and what became of the arguments."""
     theirs, ours = copy.deepcopy((args, kwargs)), copy.deepcopy((args, kwargs))
     torch.manual_seed(11)
@@ -64,6 +69,7 @@ def agree(model, fast, *args, **kwargs):
     got = fast(*ours[0], **ours[1])
     same(got, want)
     same(ours, theirs)
+    assert in_pieces(fast) is pieces
     return got, buffers
 
 
@@ -511,7 +517,7 @@ def test_a_branch_on_a_value_is_captured_in_pieces_and_the_report_says_so():
     model = Function(branch, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     fast = fxaccel.accelerate(model)
     for sign in (1, -1, 1):
-        agree(model, fast, sign * A)
+        agree(model, fast, sign * A, pieces=True)
     assert captures(fast) == 1
     assert "captured in" in notes(fast)
     assert "pieces" in notes(fast)
@@ -530,7 +536,7 @@ def test_passes_work_on_each_piece():
 
     model = Function(branch, norm=nn.LayerNorm(4))
     fast = fxaccel.accelerate(model, passes=["fuse-norm"])
-    agree(model, fast, A)
+    agree(model, fast, A, pieces=True)
     assert len(fast.report()["fuse-norm"].applied) >= 2
 
 
@@ -538,7 +544,7 @@ def test_a_value_that_becomes_a_number_is_captured_in_pieces():
     model = Function(lambda self, x: x * x.abs().max().item())
     fast = fxaccel.accelerate(model)
     for _ in range(3):
-        agree(model, fast, torch.randn(3, 4))
+        agree(model, fast, torch.randn(3, 4), pieces=True)
 
 
 def test_under_strict_pieces_are_not_taken():
@@ -624,6 +630,7 @@ def test_a_cache_comes_out_goes_in_and_is_changed_in_place():
         got, ours = fast(step, ours)
         assert ours is before  # the very object
     assert ours.seen == 6
+    assert not in_pieces(fast)
 
 
 def test_a_cache_does_not_hold_the_values_of_the_capturing_call():
@@ -674,4 +681,5 @@ def test_generate_writes_the_same_text(gpt):
     ids = torch.randint(1, 50, (2, 5))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(fast.generate(ids, **options), gpt.generate(ids, **options))
+    assert not in_pieces(fast)
     assert captures(fast) == 2  # the prompt, and one for every step

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fxaccel.cli import app
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 
@@ -39,7 +39,7 @@ def plain():
 
 def number():
     return 3
-'''
+"""
 PASS = '''
 import fxaccel
 
@@ -122,8 +122,9 @@ def test_verify_runs_the_proofs_again(run, tmp_path):
     done = run("verify", "cli_models:build")
     assert done.exit_code == 0, done.output
     assert "proved" in done.output
-    import fxaccel
     from cli_models import build
+
+    import fxaccel
 
     model, example = build()
     fxaccel.accelerate(model, example_inputs=example).save(tmp_path / "block.fxa")

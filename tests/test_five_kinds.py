@@ -255,6 +255,15 @@ def test_training_with_replaced_parameters_takes_the_same_path(merged):
     torch.testing.assert_close(fast.state_dict()["k.weight"], model.state_dict()["k.weight"])
 
 
+def test_replaced_parameters_that_were_frozen_stay_frozen():
+    model = QKV().eval()
+    for linear in (model.q, model.k, model.v):
+        linear.weight.requires_grad_(False)
+    fast = fxaccel.accelerate(model, passes=[MergeLinears], example_inputs=(torch.randn(3, 8),))
+    assert not dict(fast.named_parameters())["q_weight_and_others"].requires_grad
+    assert fast.out.weight.requires_grad
+
+
 def test_a_second_mode_captured_later_uses_the_same_replaced_parameters(merged):
     model, fast, x = merged
     optimizer = torch.optim.SGD(fast.parameters(), lr=0.1)

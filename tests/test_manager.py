@@ -259,6 +259,20 @@ def test_a_pass_that_asks_a_symbolic_size_for_its_value_restricts_the_capture_an
     assert len(fast.report().captures) == 2
 
 
+def test_what_canonicalization_relies_on_is_a_condition_of_the_capture(monkeypatch):
+    from fxaccel.canonical import canonicalize
+
+    def relying(program):
+        assert program.placeholder(program.inputs[0]).meta["val"].shape[0] > 3
+        return canonicalize(program)
+
+    monkeypatch.setattr("fxaccel.session.canonicalize", relying)
+    fast = fxaccel.accelerate(Net(), passes=[], example_inputs=(torch.randn(4, 6),))
+    accepts = fast.__dict__["_fxaccel"].all[0].accepts
+    assert accepts(torch.randn(9, 6))
+    assert not accepts(torch.randn(3, 6))
+
+
 def test_a_pass_that_branches_on_a_symbolic_size_does_too():
     def branches(self, program, plan, driver):
         relu = _relu(program)

@@ -26,7 +26,9 @@ def test_a_pass_is_two_files_and_under_sixty_lines(tmp_path):
     assert sum(len(text.splitlines()) for text in FILES.values()) < 60
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 import fxaccel
-from fxaccel import manager
+from fxaccel import ir, manager
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import capture
 from fxaccel.listing import listing
 from fxaccel.manager import Driver
 
+pytestmark = pytest.mark.filterwarnings("ignore:fxaccel_wrong")  # it has no gradient, on purpose
 F = nn.functional
 aten = torch.ops.aten
 
@@ -337,6 +338,27 @@ def test_what_the_proofs_cannot_see_the_check_of_the_whole_module_does(inputs, m
         got = fast(inputs)
     torch.testing.assert_close(got, model(inputs))
     assert "dropped with all others: gradient of" in fast.report()["wrong-gradient-only"].error
+
+
+@pytest.mark.parametrize("where", ["a value", "a gradient"])
+def test_a_capture_that_is_not_the_model_is_found_although_it_is_its_own_yardstick(
+    where, inputs, monkeypatch
+):
+    def wrong(original, args, kwargs):
+        program = capture(original, args, kwargs)
+        silu = next(n for n in program.graph.nodes if n.target is aten.silu.default)
+        with program.graph.inserting_before(silu):
+            target, others = (aten.mul.Tensor, (1.01,)) if where == "a value" else (aten.detach.default, ())
+            silu.args = (ir.call(program.graph, silu, target, (silu.args[0], *others), by="a bug"),)
+        return program
+
+    model = Model()
+    monkeypatch.setattr("fxaccel.session.capture", wrong)
+    fast = fxaccel.accelerate(model, passes=[], strict=True)
+    with pytest.raises(
+        fxaccel.CaptureError, match="the captured graph does not compute what the model computes"
+    ):
+        fast(inputs)
 
 
 def test_a_right_rewrite_of_every_site_is_not_refused(inputs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor, aten, on
@@ -52,15 +54,31 @@ def reshape_after(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(node, aten.reshape.default, inner, sizes, val=node.meta["val"])
 
 
-@on(*(ELEMENTWISE - {aten.dropout.default}), *_WITH_NUMBER)
+_OF_ONE = (*(ELEMENTWISE - {aten.dropout.default}), *_WITH_NUMBER, aten.where.ScalarSelf,
+           aten.where.ScalarOther, aten.where.self)  # fmt: skip
+
+
+@on(*_OF_ONE)
 def unsqueeze_after(e: Editor, node: fx.Node) -> fx.Node | None:
-    """Sizes of 1 are added and dropped after elementwise operators, not before."""
-    wide = node.args[0]
-    if not e.once(wide, aten.unsqueeze.default, aten.squeeze.dims) or len(node.all_input_nodes) != 1:
+    """Sizes of 1 are added and dropped after an operator whose other operands are numbers, not before."""
+    return _view_after(e, node, aten.unsqueeze.default, aten.squeeze.dims)
+
+
+@on(*_OF_ONE)
+def expand_after(e: Editor, node: fx.Node) -> fx.Node | None:
+    """An `expand` before an operator whose other operands are numbers comes after it."""
+    return _view_after(e, node, aten.expand.default)
+
+
+def _view_after(e: Editor, node: fx.Node, *views: Any) -> fx.Node | None:
+    wide = [a for a in node.args if is_tensor(a) and rank(a) > 0]
+    if len(wide) != 1 or not e.once(wide[0], *views) or e.shape(wide[0]) != e.shape(node):
         return None
-    x, where = wide.args
-    inner = e.call(node, node.target, x, *node.args[1:], **node.kwargs)
-    return e.call(node, wide.target, inner, where)
+    x, how = wide[0].args
+    if rank(x) == 0:
+        return None
+    inner = e.call(node, node.target, *(x if a is wide[0] else a for a in node.args), **node.kwargs)
+    return e.call(node, wide[0].target, inner, how)
 
 
 @on(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
@@ -89,18 +107,6 @@ def _value_before(e: Editor, node: fx.Node, x: fx.Node) -> Tensor | None:
         return None
     known = x.meta["val"]
     return known if known.dtype == val.dtype and is_dense(known) else None
-
-
-@on(*(ELEMENTWISE - {aten.dropout.default}), *_WITH_NUMBER, aten.where.ScalarSelf, aten.where.ScalarOther,
-    aten.where.self)  # fmt: skip
-def expand_after(e: Editor, node: fx.Node) -> fx.Node | None:
-    """An `expand` before an operator whose other operands are numbers comes after it."""
-    wide = [a for a in node.args if is_tensor(a) and rank(a) > 0]
-    if len(wide) != 1 or not e.once(wide[0], aten.expand.default) or e.shape(wide[0]) != e.shape(node):
-        return None
-    x, sizes = wide[0].args
-    inner = e.call(node, node.target, *(x if a is wide[0] else a for a in node.args), **node.kwargs)
-    return e.call(node, aten.expand.default, inner, sizes)
 
 
 @on(aten.reshape.default)

@@ -194,5 +194,3 @@ def variance_by_moments(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     kwargs = {"correction": 0} | ({"keepdim": True} if _kept(mean) else {})
     return e.call(node, aten.var.correction, *mean.args[:2], val=node.meta["val"], **kwargs)
-
-

@@ -334,4 +334,3 @@ def _outer(
                 x = e.call(node, aten.unsqueeze.default, x, d)
         sides.append(x)
     return e.call(node, aten.mul.Tensor, *sides, val=node.meta["val"])
-

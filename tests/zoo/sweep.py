@@ -126,9 +126,7 @@ def compare(row: Row, entry: Entry, options: argparse.Namespace) -> None:
     seed()
     start = time.perf_counter()
     try:
-        program = torch.export.export(
-            model, (), inputs, dynamic_shapes=dynamic, strict=options.strict
-        )
+        program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic, strict=options.strict)
     finally:
         row.export_s = time.perf_counter() - start
     row.nodes = len(program.graph.nodes)
@@ -222,10 +220,7 @@ def differences(want: Any, got: Any) -> str:
     for path, tensor in left.items():
         other = right[path]
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
-            return (
-                f"{path} is {other.dtype}{list(other.shape)}, "
-                f"eager's {tensor.dtype}{list(tensor.shape)}"
-            )
+            return f"{path} is {other.dtype}{list(other.shape)}, eager's {tensor.dtype}{list(tensor.shape)}"
         if not torch.allclose(tensor, other, rtol=1e-4, atol=1e-5, equal_nan=True):
             return f"{path} differs by {(tensor - other).abs().max().item():.3g}"
     return ""

@@ -139,9 +139,7 @@ MLPS: dict[str, tuple[str, int, dict[str, Any]]] = dict(
     sequencer=(
         "sequencer2d_s",
         56,
-        dict(
-            img_size=56, layers=(1, 1, 1, 1), embed_dims=(32, 32, 32, 32), hidden_sizes=(8, 8, 8, 8)
-        ),
+        dict(img_size=56, layers=(1, 1, 1, 1), embed_dims=(32, 32, 32, 32), hidden_sizes=(8, 8, 8, 8)),
     ),
 )
 

@@ -190,16 +190,12 @@ OTHERS: Table = dict(
     metaclip=("MetaClip2Model", {}),
     clipseg=(
         "CLIPSegForImageSegmentation",
-        dict(
-            extract_layers=[0, 1], reduce_dim=16, projection_dim=32, decoder_num_attention_heads=4
-        ),
+        dict(extract_layers=[0, 1], reduce_dim=16, projection_dim=32, decoder_num_attention_heads=4),
     ),
     groupvit=(
         "GroupViTModel",
         dict(
-            vision_config=dict(
-                depths=[1, 1, 1], num_group_tokens=[8, 4, 0], num_output_groups=[8, 4, 0]
-            ),
+            vision_config=dict(depths=[1, 1, 1], num_group_tokens=[8, 4, 0], num_output_groups=[8, 4, 0]),
             projection_intermediate_dim=32,
         ),
     ),
