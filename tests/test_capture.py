@@ -540,11 +540,11 @@ def test_passes_work_on_each_piece():
     assert len(fast.report()["fuse-norm"].applied) >= 2
 
 
-def test_a_value_that_becomes_a_number_is_captured_in_pieces():
+def test_a_value_that_becomes_a_number_is_still_one_graph():
     model = Function(lambda self, x: x * x.abs().max().item())
     fast = fxaccel.accelerate(model)
     for _ in range(3):
-        agree(model, fast, torch.randn(3, 4), pieces=True)
+        agree(model, fast, torch.randn(3, 4))
 
 
 def test_under_strict_pieces_are_not_taken():
