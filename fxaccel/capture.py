@@ -266,9 +266,10 @@ def _varying(tensor: Tensor, nested: bool = False) -> list[int]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The example input as a leaf: an input that is part of a larger graph exports like any other."""
+    """The example input cut off from the graph that it is part of."""
     plain = tensor.detach() if not tensor.is_inference() else tensor.clone()
-    return plain.requires_grad_(tensor.requires_grad)
+    plain.requires_grad_(tensor.requires_grad)
+    return plain if tensor.is_leaf else plain.clone()  # autograd lets only leaves not be written to
 
 
 @contextlib.contextmanager

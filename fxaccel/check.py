@@ -143,20 +143,26 @@ def _observe(
     leaves = tuple(change(_fresh(t)).detach().requires_grad_(t.requires_grad) for t in example.tensors)
     watched = dict(tree.named_parameters()) | {f"input {i}": t for i, t in enumerate(leaves)}
     torch.set_rng_state(state)
-    outputs, spec = flatten(run(tree, leaves), keep=belongings(tree))
+    given = tuple(_like(leaf, t) for leaf, t in zip(leaves, example.tensors, strict=True))
+    outputs, spec = flatten(run(tree, given), keep=belongings(tree))
     values: dict[str, Any] = {f"output {i}": _detached(v) for i, v in enumerate(outputs)}
     if torch.is_grad_enabled():  # export loses an enable_grad within no_grad
         flags = [(i, v.requires_grad) for i, v in enumerate(outputs) if isinstance(v, Tensor)]
         values |= {f"requires_grad of output {i}": flag for i, flag in flags}
     values |= _gradients(outputs, watched)
     values |= {f"buffer {n}": b for n, b in tree.named_buffers()}
-    values |= {f"input {i} after the call": t.detach() for i, t in enumerate(leaves)}
+    values |= {f"input {i} after the call": t.detach() for i, t in enumerate(given)}
     return _Seen(values, spec)
 
 
 def _fresh(tensor: Tensor) -> Tensor:
     copy = tensor.detach().clone(memory_format=torch.preserve_format)
     return copy.requires_grad_(tensor.requires_grad)
+
+
+def _like(leaf: Tensor, tensor: Tensor) -> Tensor:
+    """`leaf`, or a copy with a history if `tensor` has one: only such a tensor may be written to in place."""
+    return leaf if tensor.is_leaf else leaf.clone()
 
 
 def _detached(value: Any) -> Any:
@@ -201,7 +207,8 @@ def _in_float64(raw: Program, original: nn.Module, example: Call, state: Tensor)
     watched = {n: t for n, t in names.items() if t.requires_grad}
     for k, i in enumerate(example.tensor_at):
         wide = evaluate.widen(_fresh(leaves[i]).detach()).requires_grad_(leaves[i].requires_grad)
-        leaves[i] = watched[f"input {k}"] = wide
+        watched[f"input {k}"] = wide
+        leaves[i] = _like(wide, leaves[i])
     try:
         outputs = evaluate.run(raw, values, leaves, double=True)
     except (RuntimeError, NotImplementedError, TypeError):

@@ -5,6 +5,7 @@ Used where export fails, for a branch on a value, say. The Python between the pi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,12 @@ from fxaccel.structure import objects
 if TYPE_CHECKING:
     from fxaccel.capture import Call
     from fxaccel.session import Settings
+
+
+# Dynamo counts compilations by code object, over all models of a process, and runs eagerly beyond a limit.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
 
 
 @dataclass
@@ -48,7 +55,7 @@ class Pieces:
             pieces.append(piece)
             return piece
 
-        return torch.compile(tree, backend=backend, dynamic=False)
+        return torch.compile(tree, backend=backend, dynamic=False, **_ISOLATED)
 
     def accepts(self, *tensors: Tensor) -> bool:
         """Dynamo has its own guards."""

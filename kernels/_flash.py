@@ -42,7 +42,7 @@ HOPPER = {
     "keys, bias": (Config(32, 32, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     "queries": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
     "queries, bias": (Config(64, 32, 4, 1), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
-    "bias": (Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 4, 1)),
+    "bias": (Config(64, 32, 8, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
 }
 AMPERE = HOPPER | {"forward": (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2))}
 AMD = {

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import inspect
 import re
 
 import pytest
@@ -410,6 +411,16 @@ def test_in_place_operators_and_views(function):
     agree(model, fxaccel.accelerate(model), torch.randn(3, 4))
 
 
+def test_an_input_with_a_history_may_be_written_to_and_passes_its_gradient_on():
+    model = Function(lambda self, x: (x.mul_(3), x.exp())[1])
+    grads = []
+    for m in (model, fxaccel.accelerate(model)):
+        x = torch.ones(3, 4, requires_grad=True)
+        m(x * 1.0).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
 def test_an_input_that_the_model_writes_to_is_written_to_and_its_copies_are_not():
     model = Function(lambda self, x, y: (x.add_(y), (x * 2).sum())[1])
     fast = fxaccel.accelerate(model)
@@ -538,6 +549,17 @@ def test_passes_work_on_each_piece():
     fast = fxaccel.accelerate(model, passes=["fuse-norm"])
     agree(model, fast, A, pieces=True)
     assert len(fast.report()["fuse-norm"].applied) >= 2
+
+
+def test_the_twentieth_model_of_a_class_is_captured_in_pieces_like_the_first():
+    """Dynamo counts compilations by code object and then runs eagerly; each model must have its own count."""
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch has one count for all")
+    model = Function(lambda self, x: x * 2 if x.sum() > 0 else x)
+    for _ in range(20):
+        fast = fxaccel.accelerate(model, example_inputs=(A,))
+        fast(A)
+        assert "captured in 0 pieces" not in notes(fast)
 
 
 def test_a_value_that_becomes_a_number_is_still_one_graph():
