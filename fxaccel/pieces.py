@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 # Dynamo counts compilations by code object, over all models of a process, and runs eagerly beyond a limit.
 _ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
 )
 
 
