@@ -23,10 +23,31 @@ with importable():
 MODES = ("eval", "train")
 QUICK = ("gpt2", "llama", "gemma", "bert", "t5", "mixtral", "vit", "mamba")
 QUICK_TIMM = ("timm_resnet18", "timm_vit")
-# What is known not to be one graph, and why; all of these still run, in pieces.
-IN_PIECES: dict[str, str] = {}
-# What cannot be accelerated at all, by name or "name mode", and why.
-EXCEPTIONS: dict[str, str] = {}
+AUDIO = ("wav2vec2", "hubert", "wavlm", "sew", "sew_d", "unispeech", "data2vec_audio", "wav2vec2_conformer")
+_LAYERDROP = "layers are skipped by a random number that Python compares"
+_LABELS = "labels.max() >= vocab_size is a branch on values"
+# By "name" or "name mode": what is no one graph, and why; it runs, in pieces.
+IN_PIECES = {
+    "longformer": "is_global_attn is a branch on values of the mask",
+    "led": "is_global_attn is a branch on values of the mask",
+    "prophetnet": "it asserts on values of input_ids",
+    "encodec": "it branches on a length computed as a tensor",
+    "vilt": "it interpolates to sizes computed from pixel_mask",
+    "qwen2_vl": "it splits by lengths that are values of image_grid_thw",
+    "switch_transformers": "the router casts its own classifier at each call",
+    "yoso train": "its autograd.Function has a backward of its own, which export loses; the check sees it",
+    "m2m_100 train": _LAYERDROP,
+    "time_series train": _LAYERDROP,
+    "detr train": "isfinite(hidden_states).all() is a branch on values",
+    **{f"{name} eval": _LABELS for name in AUDIO},
+}
+_UNCHECKED = "in pieces the check has no float64 run, and its bound by one eps is too tight here"
+# By "name" or "name mode": what cannot be accelerated, and why.
+EXCEPTIONS = {
+    "nystromformer": "with a mask it adds [B, 1, S, S] to [B, H, L, L]: a defect of the model",
+    "diffllama": "a gradient of the fused graph is 1.2 times the tolerance away, so its passes are dropped",
+    **{f"{name} train": f"{_LABELS}; {_UNCHECKED}" for name in AUDIO},
+}
 
 
 def transformers_entries():
@@ -74,13 +95,14 @@ def accelerated(entry, mode):
     return fast
 
 
-def inspect(fast, name):
+def inspect(fast, name, mode):
     """The report's verdict on the one capture, and whether it is one graph."""
     (one,) = fast.__dict__["_fxaccel"].all
     assert "checked against the model" in one.report.check, one.report.check
     dropped = [p.error for p in one.report.passes if "dropped" in p.error or "failed its proof" in p.error]
     assert not dropped, dropped
-    assert isinstance(one, Pieces) is (name in IN_PIECES), one.report.notes
+    known = name in IN_PIECES or f"{name} {mode}" in IN_PIECES
+    assert isinstance(one, Pieces) is known, one.report.notes
 
 
 def cases(names):
@@ -89,16 +111,16 @@ def cases(names):
 
 @pytest.mark.parametrize(("name", "mode"), cases(n for n in (*QUICK, *QUICK_TIMM) if n in ENTRIES))
 def test_a_few_architectures_are_captured_as_one_graph_and_checked(name, mode):
-    inspect(accelerated(ENTRIES[name], mode), name)
+    inspect(accelerated(ENTRIES[name], mode), name, mode)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), cases(ENTRIES))
-def test_every_architecture_is_accelerated_or_known_not_to_be(name, mode):
+def test_every_architecture_is_accelerated_or_known_not_to_be(name, mode, request):
     why = EXCEPTIONS.get(name) or EXCEPTIONS.get(f"{name} {mode}")
     if why:
-        pytest.xfail(why)
-    inspect(accelerated(ENTRIES[name], mode), name)
+        request.applymarker(pytest.mark.xfail(reason=why, strict=False))
+    inspect(accelerated(ENTRIES[name], mode), name, mode)
 
 
 def test_the_zoo_is_large_enough():
