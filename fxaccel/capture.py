@@ -24,8 +24,9 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from fxaccel.effects import eliminate_dead
 from fxaccel.errors import CaptureError
-from fxaccel.ir import Program, Region, Slot, assumed, eliminate_dead, expr
+from fxaccel.ir import Program, Region, Slot, assumed, expr
 from fxaccel.structure import Opened, Structure, flatten, objects
 
 _INNER = "model"  # attribute of the wrapper below; its prefix is taken off every name

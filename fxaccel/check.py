@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fxaccel import evaluate
 from fxaccel.capture import Call, belongings, clone_tree, without_root_hooks
-from fxaccel.ir import Program, is_random
+from fxaccel.effects import is_random
+from fxaccel.ir import Program
 from fxaccel.proof import distance, share_of_tolerance
 from fxaccel.structure import Structure, deliver, flatten, objects
 

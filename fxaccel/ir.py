@@ -18,7 +18,6 @@ Keys of `node.meta` that fxaccel reads and writes:
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -391,119 +390,6 @@ def region_context(region: Region) -> Any:
         device, dtype, enabled, cache = region.args
         return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
     return None
-
-
-# -- effects ---------------------------------------------------------------------------------------
-
-_BATCH_NORM = torch.ops.aten.batch_norm.default
-_RANDOM_TAG = torch.Tag.nondeterministic_seeded
-_MAY_ALIAS_FIRST = {
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.feature_dropout.default,
-    torch.ops.aten.alpha_dropout.default,
-}  # return their input itself in eval mode
-
-
-def mutated_arguments(node: fx.Node) -> list[fx.Node]:
-    """Nodes whose tensors this call writes to."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-        return []
-    bound = arguments(node)
-    if target is _BATCH_NORM:  # writes its running statistics although the schema does not say so
-        names = ["running_mean", "running_var"] if bound["training"] else []
-    else:
-        names = [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [n for name in names for n in pytree.tree_leaves(bound[name]) if isinstance(n, fx.Node)]
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the call draws random numbers."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or _RANDOM_TAG not in target.tags:
-        return False
-    bound = arguments(node)
-    if "dropout_p" in bound:  # attention
-        return bound["dropout_p"] != 0
-    if "train" in bound and "p" in bound:
-        return bool(bound["train"]) and bound["p"] != 0
-    return True
-
-
-_KEPT = {
-    "_assert_async",
-    "_assert_scalar",
-    "_assert_tensor_metadata",
-    "sym_constrain_range",
-    "sym_constrain_range_for_size",
-}
-
-
-def has_effect(node: fx.Node) -> bool:
-    """Whether the node must stay although nothing reads it."""
-    if node.op in ("placeholder", "output"):
-        return True
-    if mutated_arguments(node) or is_random(node):
-        return True
-    name = getattr(node.target, "_opname", "") or getattr(node.target, "__name__", "")
-    return name in _KEPT or isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
-def alias_roots(program: Program) -> dict[fx.Node, fx.Node]:
-    """Node -> representative of the set of nodes that may share its storage (an analysis)."""
-    root: dict[fx.Node, fx.Node] = {}
-
-    def find(n: fx.Node) -> fx.Node:
-        while root[n] is not n:
-            root[n] = root[root[n]]
-            n = root[n]
-        return n
-
-    for node in program.graph.nodes:
-        root[node] = node
-        for other in aliased_arguments(node):
-            root[find(node)] = find(other)
-    return {n: find(n) for n in root}
-
-
-def aliased_arguments(node: fx.Node) -> list[fx.Node]:
-    """Arguments whose storage the result of this call may share."""
-    target = node.target
-    if node.op != "call_function":
-        return []
-    if target is operator.getitem:
-        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
-    if target in _MAY_ALIAS_FIRST:
-        return [] if is_random(node) else [n for n in node.args[:1] if isinstance(n, fx.Node)]
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return list(node.all_input_nodes)  # a branch may return its operand
-    if not isinstance(target, torch._ops.OpOverload):
-        return []
-    if not any(r.alias_info for r in target._schema.returns):
-        return []
-    bound = arguments(node)
-    named = [bound[a.name] for a in target._schema.arguments if a.alias_info]
-    return [n for n in pytree.tree_leaves(named) if isinstance(n, fx.Node)]
-
-
-def written(program: Program) -> dict[fx.Node, fx.Node]:
-    """Node -> the in-place call that writes to its storage, for every node so affected (an analysis)."""
-    roots = program.facts(alias_roots)
-    writers: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        for target in mutated_arguments(node):
-            writers.setdefault(roots[target], node)
-    return {n: writers[r] for n, r in roots.items() if r in writers}
-
-
-def eliminate_dead(graph: fx.Graph) -> int:
-    """Erase nodes that nothing reads and that have no effect; returns how many."""
-    erased = 0
-    for node in reversed(list(graph.nodes)):
-        if not node.users and not has_effect(node):
-            graph.erase_node(node)
-            erased += 1
-    return erased
 
 
 # -- structure -------------------------------------------------------------------------------------

@@ -17,19 +17,16 @@ import networkx as nx
 import torch
 from torch import fx
 
+from fxaccel.effects import eliminate_dead, has_effect, is_random, written
 from fxaccel.errors import FxaccelError, OptionError, RuleError
 from fxaccel.ir import (
     Program,
     assumed,
     call,
-    eliminate_dead,
     expr,
-    has_effect,
-    is_random,
     path,
     source,
     target_name,
-    written,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops, Pattern, find
 from fxaccel.proof import Claim, Manifest, Proof, describe, fragment, prove

@@ -68,7 +68,6 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxaccel import ir
 from fxaccel.canonical import arguments, arithmetic, idiom, motion, norm, parts, product, shape  # noqa: F401
 from fxaccel.canonical.arguments import normal_arguments
 from fxaccel.canonical.editor import BY, ORDER, STEPS, UNDER_AUTOCAST, Editor, aten
@@ -76,6 +75,7 @@ from fxaccel.canonical.effects import functionalise
 from fxaccel.canonical.order import lay_out, merge_equal, rename, schedule, sort_operands
 from fxaccel.canonical.product import round_scales
 from fxaccel.canonical.values import under_autocast
+from fxaccel.effects import eliminate_dead
 from fxaccel.errors import RuleError
 from fxaccel.ir import Program
 
@@ -121,7 +121,7 @@ def _round(e: Editor) -> bool:
         e.counts["round_scales"] += round_scales(e)
         e.counts["sort_operands"] += sort_operands(e)
         e.counts["lay_out"] += lay_out(e)
-    e.counts["eliminate_dead"] += ir.eliminate_dead(e.graph)
+    e.counts["eliminate_dead"] += eliminate_dead(e.graph)
     e.counts["merge_equal"] += merge_equal(e)
     return e.counts.total() != before
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fxaccel import ir
 from fxaccel.canonical.storage import Storage, follows
 from fxaccel.canonical.values import describe, is_dense, is_tensor, same_strides
+from fxaccel.effects import has_effect, is_random
 from fxaccel.ir import Program, expr, is_call
 
 aten = torch.ops.aten
@@ -111,7 +112,7 @@ class Editor:
             inputs = n.all_input_nodes
             if n in self._from_state:
                 pending.pop()
-            elif n.op == "placeholder" or not inputs or ir.is_random(n):
+            elif n.op == "placeholder" or not inputs or is_random(n):
                 self._from_state[n] = n.op == "placeholder" and n.name in self.program.state
             elif unknown := [i for i in inputs if i not in self._from_state]:
                 pending += unknown
@@ -246,7 +247,7 @@ class Editor:
                 continue
             inputs = dead.all_input_nodes
             self.graph.erase_node(dead)
-            pending += [n for n in inputs if not n.users and (n in self.remade or not ir.has_effect(n))]
+            pending += [n for n in inputs if not n.users and (n in self.remade or not has_effect(n))]
 
     # -- sizes ------------------------------------------------------------------------------------
 

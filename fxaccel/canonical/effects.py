@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxaccel import ir
 from fxaccel.canonical.editor import Editor
 from fxaccel.canonical.values import same_strides
+from fxaccel.effects import mutated_arguments
 
 # Operators besides the elementwise ones whose in-place form only names where the result goes.
 _ALSO = {"masked_fill", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy",
@@ -21,7 +21,7 @@ def functionalise(e: Editor) -> int:
     """Give every in-place operator on a value that nobody else holds its out-of-place form; how many."""
     if not e.storage.last_write:
         return 0
-    nodes = [n for n in e.graph.nodes if ir.mutated_arguments(n) and functional(n.target) is not None]
+    nodes = [n for n in e.graph.nodes if mutated_arguments(n) and functional(n.target) is not None]
     if not nodes:
         return 0
     changed = 0

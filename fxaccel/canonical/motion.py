@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from fxaccel.canonical.editor import Editor, aten, on
 from fxaccel.canonical.shape import common_suffix
 from fxaccel.canonical.values import is_dense, is_tensor, rank
-from fxaccel.ir import is_random
+from fxaccel.effects import is_random
 
 # Elementwise operators of one tensor (and numbers): a reshape before them is written after them.
 ELEMENTWISE = {

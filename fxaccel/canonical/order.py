@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from fxaccel import ir
 from fxaccel.canonical.editor import Editor, aten
-from fxaccel.canonical.storage import Storage, follows, is_pure
+from fxaccel.canonical.storage import Storage, follows
 from fxaccel.canonical.values import is_dense, same_strides
+from fxaccel.effects import has_effect, is_pure, mutated_arguments
 from fxaccel.ir import Program, target_name
 
 COMMUTING = {
@@ -31,7 +32,7 @@ def merge_equal(e: Editor) -> int:
     for node in list(e.graph.nodes):
         if node.op not in ("call_function", "get_attr") or e.storage.frozen(node):
             continue
-        if not is_pure(node.target) and ir.has_effect(node):
+        if not is_pure(node.target) and has_effect(node):
             continue
         key = (node.op, node.target, _key(node.args), _key(node.kwargs), node.meta.get("regions", ()))
         first = seen.setdefault(key, node)
@@ -178,7 +179,7 @@ def schedule(program: Program) -> bool:
     needs = _needs(program, body)
     tops = [n for n in body if _is_size(n)]
     tops.sort(key=lambda n: _size_order(program, n))
-    roots = [*tops, *nodes[-1].all_input_nodes, *(n for n in body if ir.has_effect(n)), *body]
+    roots = [*tops, *nodes[-1].all_input_nodes, *(n for n in body if has_effect(n)), *body]
     order = _arranged(body, needs, roots, 0)
     if order == body:
         return False
@@ -213,7 +214,7 @@ def _needs(program: Program, body: list[fx.Node]) -> dict[fx.Node, list[fx.Node]
     for node in body:
         if storage.last_write:
             touched = {storage.root(n) for n in (node, *node.all_input_nodes)} & set(storage.last_write)
-            written = {storage.root(n) for n in ir.mutated_arguments(node)}
+            written = {storage.root(n) for n in mutated_arguments(node)}
             for root in touched:
                 needs[node] += [writers[root]] if root in writers else []
                 if root in written:
@@ -221,7 +222,7 @@ def _needs(program: Program, body: list[fx.Node]) -> dict[fx.Node, list[fx.Node]
                     writers[root] = node
                 else:
                     readers.setdefault(root, []).append(node)
-        if ir.has_effect(node):
+        if has_effect(node):
             if last_effect is not None:
                 needs[node].append(last_effect)
             last_effect = node

@@ -9,29 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxaccel import ir
+from fxaccel.effects import aliased_arguments, is_plain, mutated_arguments
 from fxaccel.ir import Program
 
 aten = torch.ops.aten
-
-
-@functools.cache
-def _plain(target: Any) -> bool:
-    """Whether no call of `target` can write to or share the storage of an argument."""
-    if isinstance(target, torch._ops.OpOverload):
-        schema = target._schema
-        marked = any(a.alias_info for a in (*schema.arguments, *schema.returns))
-        return not marked and target not in ir._MAY_ALIAS_FIRST and target is not ir._BATCH_NORM
-    return False
-
-
-@functools.cache
-def is_pure(target: Any) -> bool:
-    """Whether calls of an operator have no effect, whatever their arguments; False where it takes a look."""
-    if not _plain(target) or target._opname in ir._KEPT:
-        return False
-    return torch.Tag.nondeterministic_seeded not in target.tags
-
 
 _FOLLOWING = {
     aten.softmax.int, aten.log_softmax.int, aten.dropout.default, aten.cumsum.default, aten.clone.default,
@@ -64,16 +45,16 @@ class Storage:
         for node in program.graph.nodes:
             if node.op == "output":
                 self.escaping.update(self.root(n) for n in node.all_input_nodes)
-            elif not _plain(node.target):
-                for target in ir.mutated_arguments(node):
+            elif not is_plain(node.target):
+                for target in mutated_arguments(node):
                     self.last_write[self.root(target)] = node
 
     def root(self, node: fx.Node) -> fx.Node:
         """The representative of the values that may share storage with `node`."""
         if node not in self.parent:
             self.parent[node] = node
-            if node.op == "call_function" and not _plain(node.target):
-                for other in ir.aliased_arguments(node):
+            if node.op == "call_function" and not is_plain(node.target):
+                for other in aliased_arguments(node):
                     self.unite(node, other)
         while self.parent[node] is not node:
             self.parent[node] = self.parent[self.parent[node]]

@@ -1,0 +1,162 @@
+"""What a call does besides computing its result: writes, random draws, shared storage."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxaccel.ir import Program, arguments
+
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+_RANDOM_TAG = torch.Tag.nondeterministic_seeded
+_MAY_ALIAS_FIRST = {
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+}  # return their input itself in eval mode
+_KEPT = {
+    "_assert_async",
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """What the target of a call says whatever its arguments.
+
+    writes    names of the arguments it writes to
+    shares    names of the arguments whose storage its result may share
+    random    whether it may draw random numbers
+    kept      whether it stays although nothing reads it
+    plain     whether it can neither write to an argument nor share its storage
+    """
+
+    writes: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
+    random: bool = False
+    kept: bool = False
+    plain: bool = False
+
+
+@lru_cache(maxsize=4096)
+def _schema(target: Any) -> _Schema:
+    kept = isinstance(target, torch._ops.HigherOrderOperator)
+    name = getattr(target, "_opname", "") or getattr(target, "__name__", "")
+    if not isinstance(target, torch._ops.OpOverload):
+        return _Schema(kept=kept or name in _KEPT)
+    labelled = [a for a in target._schema.arguments if a.alias_info]
+    shares = any(r.alias_info for r in target._schema.returns)
+    return _Schema(
+        writes=tuple(a.name for a in labelled if a.alias_info and a.alias_info.is_write),
+        shares=tuple(a.name for a in labelled) if shares else (),
+        random=_RANDOM_TAG in target.tags,
+        kept=name in _KEPT,
+        plain=not labelled and not shares and target not in _MAY_ALIAS_FIRST and target is not _BATCH_NORM,
+    )
+
+
+def is_plain(target: Any) -> bool:
+    """Whether no call of `target` can write to or share the storage of an argument."""
+    return _schema(target).plain
+
+
+def is_pure(target: Any) -> bool:
+    """Whether calls of `target` have no effect, whatever their arguments; False where it takes a look."""
+    schema = _schema(target)
+    return schema.plain and not schema.kept and not schema.random
+
+
+def mutated_arguments(node: fx.Node) -> list[fx.Node]:
+    """Nodes whose tensors this call writes to."""
+    if node.op != "call_function":
+        return []
+    names = _schema(node.target).writes
+    if node.target is _BATCH_NORM and arguments(node)["training"]:
+        names = ("running_mean", "running_var")  # although the schema does not say so
+    return _nodes(node, names)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the call draws random numbers."""
+    if node.op != "call_function" or not _schema(node.target).random:
+        return False
+    bound = arguments(node)
+    if bound.get("train") is False or bound.get("training") is False:
+        return False
+    names = ["dropout", "dropout_p", *(["p"] if "train" in bound else [])]
+    return next((bound[n] != 0 for n in names if n in bound), True)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether the node must stay although nothing reads it."""
+    if node.op in ("placeholder", "output"):
+        return True
+    return _schema(node.target).kept or bool(mutated_arguments(node)) or is_random(node)
+
+
+def alias_roots(program: Program) -> dict[fx.Node, fx.Node]:
+    """Node -> representative of the set of nodes that may share its storage (an analysis)."""
+    root: dict[fx.Node, fx.Node] = {}
+
+    def find(n: fx.Node) -> fx.Node:
+        while root[n] is not n:
+            root[n] = root[root[n]]
+            n = root[n]
+        return n
+
+    for node in program.graph.nodes:
+        root[node] = node
+        for other in aliased_arguments(node):
+            root[find(node)] = find(other)
+    return {n: find(n) for n in root}
+
+
+def aliased_arguments(node: fx.Node) -> list[fx.Node]:
+    """Arguments whose storage the result of this call may share."""
+    target = node.target
+    if node.op != "call_function":
+        return []
+    if target is operator.getitem:
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if target in _MAY_ALIAS_FIRST:
+        return [] if is_random(node) else [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return list(node.all_input_nodes)  # a branch may return its operand
+    return _nodes(node, _schema(target).shares)
+
+
+def _nodes(node: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
+    """The nodes among the arguments of these names."""
+    if not names:
+        return []
+    bound = arguments(node)
+    return [n for name in names for n in pytree.tree_leaves(bound[name]) if isinstance(n, fx.Node)]
+
+
+def written(program: Program) -> dict[fx.Node, fx.Node]:
+    """Node -> the in-place call that writes to its storage, for every node so affected (an analysis)."""
+    roots = program.facts(alias_roots)
+    writers: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        for target in mutated_arguments(node):
+            writers.setdefault(roots[target], node)
+    return {n: writers[r] for n, r in roots.items() if r in writers}
+
+
+def eliminate_dead(graph: fx.Graph) -> int:
+    """Erase nodes that nothing reads and that have no effect; returns how many."""
+    erased = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effect(node):
+            graph.erase_node(node)
+            erased += 1
+    return erased
