@@ -10,55 +10,34 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import operator
 import re
+import sys
 import traceback
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.traceback import annotate, preserve_node_meta
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from fxaccel.effects import eliminate_dead
 from fxaccel.errors import CaptureError
-from fxaccel.ir import Program, Region, Slot, assumed, expr
+from fxaccel.ir import Program, Region, Slot, assumed, expr, source, target_name
 from fxaccel.structure import Opened, Structure, flatten, objects
+from fxaccel.tree import assignments, belongings, clone_tree, without_root_hooks
 
 _INNER = "model"  # attribute of the wrapper below; its prefix is taken off every name
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
-
-
-def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A copy of the module tree with the same classes that shares every parameter and buffer."""
-    memo = {} if memo is None else memo
-    if id(module) in memo:
-        return memo[id(module)]
-    new = memo[id(module)] = module.__class__.__new__(module.__class__)
-    attributes = dict(module.__dict__)
-    for key, value in attributes.items():
-        if isinstance(value, (dict, set)) and key.startswith("_"):
-            attributes[key] = value.copy()  # hooks, buffers, parameters: own table, same entries
-    attributes["_modules"] = {
-        name: None if child is None else clone_tree(child, memo) for name, child in module._modules.items()
-    }
-    new.__dict__.update(attributes)
-    return new
-
-
-ROOT_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def without_root_hooks(tree: nn.Module) -> nn.Module:
-    """`tree` without the root's own hooks: they run around the emitted forward as around the model's."""
-    for table in ROOT_HOOKS:
-        tree.__dict__[table] = OrderedDict()
-    return tree
 
 
 class _Result:
@@ -73,23 +52,50 @@ class _Untraceable(Exception):
     """Carries what the model raised while it was traced, as its cause."""
 
 
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
+_MARK = "fxaccel checkpoint"
+
+
+class _Checkpoints(TorchFunctionMode):
+    """Marks the nodes of each call of `torch.utils.checkpoint`, which export would write out unmarked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []  # their frames
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame, call = sys._getframe(1), None
+        while frame is not None:
+            if frame.f_code is _CHECKPOINT and frame.f_locals["use_reentrant"] is False:
+                call = frame  # of nested ones the outermost
+            frame = frame.f_back  # type: ignore[assignment]
+        if call is None:
+            return func(*args, **(kwargs or {}))
+        if call not in self.calls:
+            self.calls.append(call)
+        with annotate({_MARK: self.calls.index(call) + 1}):
+            return func(*args, **(kwargs or {}))
+
+
 class _FlatCall(nn.Module):
     """The module as a function of its tensor inputs alone; all else of the call is baked in."""
 
-    def __init__(self, model: nn.Module, call: Call, autocast: list[Region]) -> None:
+    def __init__(self, model: nn.Module, call: Call, autocast: list[Region], marked: bool) -> None:
         super().__init__()
         self.model = model
-        self.call, self.autocast = call, autocast
+        self.call, self.autocast, self.marked = call, autocast, marked
         self.result = _Result()
         self.training = model.training
 
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.call.unflatten(tensors)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_assignments(self.model, self.result.assigned))
+            stack.enter_context(assignments(self.model, self.result.assigned))
             for region in self.autocast:
                 device, dtype, enabled, cache = region.args
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache))
+            if self.marked:
+                stack.enter_context(_Checkpoints())
             given = objects((args, kwargs))
             try:
                 result = self.model(*args, **kwargs)
@@ -99,47 +105,6 @@ class _FlatCall(nn.Module):
             (result, [dict(vars(g)) for g in given]), given, belongings(self.model)
         )
         return leaves
-
-
-def belongings(model: nn.Module) -> frozenset[int]:
-    """Ids of the plain attributes of the model's modules: its config, say."""
-    return frozenset(
-        id(v) for m in model.modules() for k, v in m.__dict__.items() if k not in _MODULE_ATTRIBUTES
-    )
-
-
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
-
-
-@contextlib.contextmanager
-def _assignments(model: nn.Module, assigned: list[str]) -> Iterator[None]:
-    """Turn `self.buffer = value` in any submodule into a copy into the buffer, which a graph can hold.
-
-    (Export does so for the root's own buffers and loses the others.) Other attributes that the forward
-    sets are put back and their names appended to `assigned`.
-    """
-    modules = dict(model.named_modules())
-    buffers = {name: dict(m._buffers) for name, m in modules.items()}
-    others = {name: _other_attributes(m) for name, m in modules.items()}
-    yield
-    for name, module in modules.items():
-        for key, before in buffers[name].items():
-            after = module._buffers.get(key)
-            if after is not before and before is not None:
-                module._buffers[key] = before
-                if after is not None:
-                    before.copy_(after)
-        now = _other_attributes(module)
-        for key in now:
-            if now[key] is not others[name].get(key, _MODULE_ATTRIBUTES):
-                module.__dict__.pop(key)
-                if pytree.tree_any(lambda v: isinstance(v, Tensor), now[key]):
-                    assigned.append(f"{name}.{key}".lstrip("."))
-        module.__dict__.update(others[name])
-
-
-def _other_attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in module.__dict__.items() if k not in _MODULE_ATTRIBUTES}
 
 
 class Call:
@@ -202,15 +167,13 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     attempts = [True, False] if any(_varying(t) for t in example.tensors) else [False]
     failures: list[BaseException] = []
     for dynamic in attempts:
-        wrapper = _FlatCall(without_root_hooks(clone_tree(module)), example, ambient_autocast())
         try:
-            exported = _export(wrapper, example, dynamic)
+            wrapper, exported = _traced(module, example, dynamic)
             break
         except CaptureError:
             raise
         except Exception as error:
-            cause = error.__cause__ if isinstance(error, _Untraceable) else error
-            failures.append(cause or error)
+            failures.append(error)
     else:
         raise explain(failures[-1])
     program = _program(exported, wrapper, example, module)
@@ -224,6 +187,19 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             f"the sizes of this call are fixed: with symbolic sizes export said {_first_line(failures[0])!r}"
         )
     return program
+
+
+def _traced(module: nn.Module, example: Call, dynamic: bool) -> tuple[_FlatCall, ExportedProgram]:
+    """The export of a clone; raises what the clone raised."""
+    for marked in (torch.is_grad_enabled(), False):
+        wrapper = _FlatCall(without_root_hooks(clone_tree(module)), example, ambient_autocast(), marked)
+        try:
+            return wrapper, _export(wrapper, example, dynamic)
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, _Untraceable) and error.__cause__ else error
+            if not marked or not isinstance(cause, TorchDynamoException):  # torch.cond takes no marks
+                raise cause  # noqa: B904
+    raise AssertionError("the second time raises or returns")
 
 
 def ambient_autocast() -> list[Region]:
@@ -245,6 +221,7 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
     tensors = tuple(_plain(t) for t in example.tensors)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
+        stack.enter_context(preserve_node_meta())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         for region in wrapper.autocast:
@@ -364,6 +341,11 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
         training=module.training,
         grad=torch.is_grad_enabled(),
     )
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            program.notes.append(
+                f"{target_name(node.target)} at {source(node)}: no pass looks into its bodies"
+            )
     _read_symbols(program, exported, example)
     _drop_mode_noise(program)
     return program
@@ -414,11 +396,12 @@ class _Inliner:
                 return list(fx.map_arg(node.args[0], lambda n: env[n]))
             region, inner = self.region_of(node, owner)
             if region is not None:
+                around = self.checkpoint_around(inner[1], regions)
                 given = fx.map_arg(node.args[inner[0] + 1 :], lambda n: env[n])
                 inside = {
                     p: a for p, a in zip(inner[1].graph.find_nodes(op="placeholder"), given, strict=True)
                 }
-                env[node] = self.inline(inner[1].graph, inner[1], inside, (*regions, region))
+                env[node] = self.inline(inner[1].graph, inner[1], inside, (*regions, *around, region))
             elif getattr(node.target, "__name__", "") == "getitem" and isinstance(
                 env.get(node.args[0]), list
             ):
@@ -436,6 +419,22 @@ class _Inliner:
         self.count += 1
         return Region(kind, self.count, tuple(node.args[:at])), (at, getattr(owner, node.args[at].target))
 
+    def checkpoint_around(self, body: Any, regions: tuple[Region, ...]) -> tuple[Region, ...]:
+        """The checkpoint that all of a region's body lies in, unless `regions` hold it already."""
+        marks = set(self.marks(body))
+        if len(marks) > 1 or not all(marks) or any(r.kind == "checkpoint" for r in regions):
+            return ()
+        return tuple(Region("checkpoint", m) for m in marks)
+
+    def marks(self, body: Any) -> Iterator[int]:
+        """The number of the checkpoint that each operator of a body lies in, 0 for none."""
+        for node in body.graph.nodes:
+            region, inner = self.region_of(node, body)
+            if region is not None:
+                yield from self.marks(inner[1])
+            elif node.op == "call_function" and node.target is not operator.getitem:
+                yield _mark(node)
+
     def copy(
         self, node: fx.Node, owner: nn.Module, env: dict[fx.Node, Any], regions: tuple[Region, ...]
     ) -> fx.Node:
@@ -446,6 +445,8 @@ class _Inliner:
         stack = node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
         path = path.removeprefix(_INNER).removeprefix(".")
+        if _mark(node) and not any(r.kind == "checkpoint" for r in regions):
+            regions = (*regions, Region("checkpoint", _mark(node)))
         new.meta = {
             "val": node.meta.get("val"),
             "path": re.sub(r"@\d+", "", path),
@@ -453,6 +454,11 @@ class _Inliner:
             "regions": regions,
         }
         return new
+
+
+def _mark(node: fx.Node) -> int:
+    """Which call of torch.utils.checkpoint the node of an exported graph was traced in, 0 for none."""
+    return (node.meta.get("custom") or {}).get(_MARK, 0)
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')

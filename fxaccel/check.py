@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fxaccel import evaluate
-from fxaccel.capture import Call, belongings, clone_tree, without_root_hooks
+from fxaccel.capture import Call
 from fxaccel.effects import is_random
 from fxaccel.ir import Program
 from fxaccel.proof import distance, share_of_tolerance
 from fxaccel.structure import Structure, deliver, flatten, objects
+from fxaccel.tree import belongings, clone_tree, without_root_hooks
 
 if TYPE_CHECKING:
     from fxaccel.session import Capture

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxaccel.capture import clone_tree
 from fxaccel.errors import OptionError
 from fxaccel.report import Report
 from fxaccel.rule import NUMERICS, Pass
 from fxaccel.session import Session, Settings
+from fxaccel.tree import clone_tree
 
 _KEY = "_fxaccel"  # where the session is kept in the module's __dict__
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxaccel.capture import without_root_hooks
 from fxaccel.check import compare_runs
 from fxaccel.errors import CaptureError
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.structure import objects
+from fxaccel.tree import without_root_hooks
 
 if TYPE_CHECKING:
     from fxaccel.capture import Call

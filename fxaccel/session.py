@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 
 from fxaccel import manager
 from fxaccel.canonical import canonicalize
-from fxaccel.capture import Call, ambient_autocast, capture, clone_tree
+from fxaccel.capture import Call, ambient_autocast, capture
 from fxaccel.check import Verdict, compare
 from fxaccel.discover import resolve
 from fxaccel.emit import Code, emit
@@ -26,6 +26,7 @@ from fxaccel.proof import Manifest, Proof, materialise
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
 from fxaccel.structure import Structure, children, deliver
+from fxaccel.tree import clone_tree
 
 
 @dataclass(frozen=True)

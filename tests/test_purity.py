@@ -152,6 +152,37 @@ def test_a_deepcopy_of_the_result_shares_nothing_with_the_model():
     assert everything(model) == before
 
 
+class Keeps(nn.Module):
+    """Its forward keeps results in containers, and its layers also stand in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.norm = nn.BatchNorm1d(6)
+        self.seen, self.log, self.also = {"old": {}}, [], [[self.norm]]
+        self.also[0][0].register_buffer("last", torch.zeros(6))
+
+    def forward(self, x):
+        if "table" not in self.seen["old"]:
+            self.seen["old"]["table"] = self.weight.tril()
+        self.log.append(x)
+        (norm,) = self.also[0]
+        norm.last = x[0].detach() * 1.0
+        return norm(x @ self.seen["old"]["table"])
+
+
+def test_containers_that_the_forward_writes_to_are_not_the_models():
+    model, x = Keeps(), torch.randn(4, 6)
+    fast = fxaccel.accelerate(model, example_inputs=(x,))
+    assert (model.seen, model.log) == ({"old": {}}, [])
+    assert not model.norm.last.any()
+    assert model.norm.num_batches_tracked == 0
+    assert fast.also[0][0] is fast.norm
+    with torch.no_grad():
+        model.weight.mul_(2)  # what the forward keeps in its table is no part of the graph
+    torch.testing.assert_close(fast(x), Keeps.forward(copy.deepcopy(model), x))
+
+
 @pytest.mark.filterwarnings("ignore:pass")
 def test_the_namespaces_of_torch_are_as_they_were():
     def snapshot():
