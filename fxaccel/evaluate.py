@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxaccel.ir import Program, Region, entered
+from fxaccel.effects import is_random
+from fxaccel.ir import Program, Region, arguments, entered
 
 _WIDE = {
     torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
@@ -70,15 +72,65 @@ def widen(value: Any) -> Any:
     return value
 
 
+_PROBABILITY = ("p", "dropout_p", "dropout")
+_DROPS = {
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
+    "feature_alpha_dropout", "scaled_dot_product_attention", "attention",
+}  # fmt: skip
+
+
+def dropped(node: fx.Node) -> float:
+    """The probability with which a call drops values at random: 0 where it does not."""
+    if not is_random(node) or getattr(node.target, "_opname", "") not in _DROPS:
+        return 0.0
+    bound = arguments(node)
+    return float(next(bound[name] for name in _PROBABILITY if name in bound))
+
+
+def calmed(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with nothing dropped."""
+    if not dropped(node):
+        return node.args, dict(node.kwargs)
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    args = [0.0 if names[i] in _PROBABILITY else a for i, a in enumerate(node.args)]
+    return tuple(args), {k: 0.0 if k in _PROBABILITY else v for k, v in node.kwargs.items()}
+
+
+def calm(program: Program) -> Program:
+    """A copy of the program in which nothing is dropped."""
+    copy = program.copy()
+    for node in copy.graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = calmed(node)
+    return copy
+
+
+class Calm(TorchFunctionMode):
+    """Inside, torch's dropouts and attention drop nothing: what `calm` does to a graph, for a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", "").rstrip("_"), dict(kwargs or {})
+        if name in _DROPS:
+            at = 4 if name == "scaled_dot_product_attention" else 1
+            key = "dropout_p" if at == 4 else "p"
+            if len(args) > at:
+                args = (*args[:at], 0.0, *args[at + 1 :])
+            else:
+                kwargs[key] = 0.0
+        return func(*args, **kwargs)
+
+
 def run_nodes(
-    nodes: Iterable[fx.Node], env: dict[fx.Node, Any], root: torch.nn.Module, *, double: bool = False
-) -> None:
-    """Evaluate `nodes`, which are in topological order, reading and extending `env`."""
+    nodes: Iterable[fx.Node], env: dict[fx.Node, Any], root: torch.nn.Module, *, double: bool = False,
+    still: bool = False,
+) -> None:  # fmt: skip
+    """Evaluate `nodes`, which are in topological order, reading and extending `env`; drop nothing if `still`."""
     for node in nodes:
         if node.op == "get_attr":
             env[node] = getattr(root, str(node.target))
         elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+            given = calmed(node) if still else (node.args, dict(node.kwargs))
+            args, kwargs = fx.map_arg(given, lambda n: env[n])
             regions: Sequence[Region] = node.meta.get("regions", ())
             if double:
                 args = tuple(widen(a) for a in args)

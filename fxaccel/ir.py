@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from fxaccel.errors import RuleError
 from fxaccel.structure import Structure
 
 StateKind = Literal["parameter", "buffer", "constant"]
@@ -127,6 +128,7 @@ class Program:
     hints         symbol -> its value in the example input
     training      whether the root module was in training mode
     grad          whether gradients were enabled
+    redrawn       whether a pass has changed which random numbers are drawn, not their distribution
     notes         sentences for the report: what capture had to specialise or could not keep
     """
 
@@ -146,6 +148,7 @@ class Program:
     contiguous: frozenset[str]
     training: bool
     grad: bool
+    redrawn: bool = False
     notes: list[str] = field(default_factory=list)
     replacements: list[Replacement] = field(default_factory=list)
     _facts: dict[Callable[[Program], Any], Any] = field(default_factory=dict, repr=False)
@@ -217,6 +220,13 @@ class Program:
         The pass rewires the readers of the old parameters; the module takes over the new ones when the
         graph is emitted, and keeps reading and writing the original `state_dict` through the map.
         """
+        for name in one.old:
+            others = [n for group in self.ties if name in group for n in group if n != name]
+            if others:
+                raise RuleError(
+                    f"{one.by} replaces {name!r}, which is one tensor with {', '.join(others)}; untie them "
+                    "first"
+                )
         self.replacements.append(one)
         return [
             self.add_state(Slot("parameter", name), val, one.by)  # type: ignore[arg-type]

@@ -28,10 +28,10 @@ from fxaccel.ir import (
     source,
     target_name,
 )  # fmt: skip
-from fxaccel.pattern import Match, Miss, Ops, Pattern, find
+from fxaccel.pattern import Match, Miss, Ops
 from fxaccel.proof import Claim, Manifest, Proof, describe, fragment, prove
 from fxaccel.report import CaptureReport, PassReport, Site
-from fxaccel.rule import NUMERICS, STEPS, Pass, Rule
+from fxaccel.rule import NUMERICS, STEPS, Pass, Rule, Search
 
 ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
 
@@ -254,7 +254,7 @@ class _Local:
 
     def __init__(self, driver: Driver, rules: Sequence[Rule]) -> None:
         self.driver, self.program = driver, driver.program
-        self.patterns = [(rule, rule.traced()) for rule in rules]
+        self.searches = [(rule, rule.traced()) for rule in rules]
         # Computed once: sites that touch written storage are refused, so new nodes never do.
         self.writers = self.program.facts(written)
         self.seen: set[tuple[str, fx.Node]] = set()  # sites whose refusal or miss is on record
@@ -275,8 +275,8 @@ class _Local:
             root = queue.pop(0)
             if root._erased or root.op != "call_function" or not self.driver.one.covers(root):
                 continue
-            for rule, pattern in self.patterns:
-                made = self.attempt(rule, pattern, root) if root.target in pattern.targets else []
+            for rule, search in self.searches:
+                made = self.attempt(rule, search, root) if root.target in search.targets else []
                 if made:
                     queue += made
                     self.spend(rule)
@@ -287,16 +287,16 @@ class _Local:
         if self.budget < 0:
             raise RuleError(f"{type(rule).__name__} feeds on its own output and comes to no end")
 
-    def attempt(self, rule: Rule, pattern: Pattern, root: fx.Node) -> list[fx.Node]:
+    def attempt(self, rule: Rule, search: Search, root: fx.Node) -> list[fx.Node]:
         """Rewrite one site if it matches and nothing speaks against it; returns the new nodes."""
         name = type(rule).__name__
-        found = find(pattern, self.program, root)
+        found = search.find(self.program, root)
         if isinstance(found, Miss):
             if found.depth > 1 and (name, root) not in self.seen:
                 self.seen.add((name, root))
                 self.driver.record.near_misses.append(self.driver._site(root, found.why, name))
             return []
-        why = [*_sentences(rule, found), *self.obstacles(found)]
+        why = [*_sentences(rule, found), *self.obstacles(rule, found)]
         if why:
             if (name, root) not in self.seen:
                 self.seen.add((name, root))
@@ -304,7 +304,7 @@ class _Local:
             return []
         return self.replace(rule, found)
 
-    def obstacles(self, m: Match) -> Iterable[str]:
+    def obstacles(self, rule: Rule, m: Match) -> Iterable[str]:
         """What no rule may do: lose a value that is read, reorder writes, mix regions."""
         for node in m.nodes - set(m.outputs):
             reader = next((u for u in node.users if u not in m.nodes), None)
@@ -314,11 +314,13 @@ class _Local:
                 yield f"the intermediate {target_name(node.target)} is also read by {by}{at}"
         if len({n.meta.get("regions", ()) for n in m.nodes}) > 1:
             yield "the site lies partly inside a no_grad, autocast or checkpoint region"
-        for node in m.nodes | _reads(m):
+        for node in m.nodes | m.also | _reads(m):
             if node in self.writers:
                 writer = self.writers[node]
                 yield f"%{node.name} is written in place by {target_name(writer.target)} at {source(writer)}"
-        for node in m.nodes:
+        for node in m.nodes | m.also:
+            if is_random(node) and rule.redraws and node in m.nodes:
+                continue
             if is_random(node):
                 yield f"{target_name(node.target)} draws random numbers"
             elif has_effect(node):
@@ -352,8 +354,9 @@ class _Local:
             raise RuleError(f"{name}.rewrite returned {len(outputs)} values, its pattern {len(m.outputs)}")
         for old, new in zip(m.outputs, outputs, strict=True):
             _same_type(old, new, f"%{old.name}", name)
-        proof = self.driver.prove(name, m.nodes, made, m.outputs, outputs)
-        self.driver.applied(m.root, "", name, proof.key)
+        proof = self.driver.prove(name, m.nodes | m.also, made, m.outputs, outputs)
+        self.driver.applied(m.root, rule.remark(m), name, proof.key)
+        self.program.redrawn |= any(map(is_random, m.nodes))
         self.swap(m, outputs, made)
         return [n for n in made if not n._erased]
 
@@ -377,7 +380,8 @@ class _Local:
 
 def _reads(m: Match) -> set[fx.Node]:
     """Nodes outside of the match that it reads."""
-    return {a for n in m.nodes for a in n.all_input_nodes} - m.nodes
+    inside = m.nodes | m.also
+    return {a for n in inside for a in n.all_input_nodes} - inside
 
 
 def _point(m: Match) -> fx.Node:

@@ -125,6 +125,15 @@ class Pattern:
         outputs = returned if isinstance(returned, tuple) else (returned,)
         return cls(outputs[0], outputs, tuple(names), frozenset(_targets(outputs[0])))
 
+    def find(self, program: Program, root: fx.Node) -> Match | Miss:
+        """The pattern at `root`, or how far it came."""
+        matcher = _Matcher()
+        for match in matcher.match(self.root, root, Match(program, root)):
+            absent = [v for v in self.variables if v not in match.bound]
+            bound = match.bound | dict.fromkeys(absent)
+            return replace(match, bound=bound, outputs=tuple(_output(t, match) for t in self.outputs))
+        return matcher.miss
+
 
 def _term(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Term:
     bound = {}
@@ -153,7 +162,9 @@ def _targets(term: Any) -> Iterator[Any]:
 class Match:
     """A pattern found at `root`: its values by the names of the pattern's parameters.
 
-    `m.x` is the node or literal bound to `x`; `m.val("x")` its fake tensor.
+    `m.x` is the node or literal bound to `x`; `m.val("x")` its fake tensor. `also` holds nodes that the
+    rule has read the meaning of (a mask's comparisons, say): the proof runs them with the site, others may
+    read them too.
     """
 
     program: Program
@@ -162,6 +173,7 @@ class Match:
     terms: dict[Any, fx.Node] = field(default_factory=dict)
     tags: frozenset[str] = frozenset()
     outputs: tuple[fx.Node, ...] = ()
+    also: frozenset[fx.Node] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -206,16 +218,6 @@ class Miss:
 
     depth: int = -1
     why: str = ""
-
-
-def find(pattern: Pattern, program: Program, root: fx.Node) -> Match | Miss:
-    """The pattern at `root`, or how far it came."""
-    matcher = _Matcher()
-    for match in matcher.match(pattern.root, root, Match(program, root)):
-        absent = [v for v in pattern.variables if v not in match.bound]
-        bound = match.bound | dict.fromkeys(absent)
-        return replace(match, bound=bound, outputs=tuple(_output(t, match) for t in pattern.outputs))
-    return matcher.miss
 
 
 def _output(term: Any, match: Match) -> fx.Node:

@@ -12,6 +12,7 @@ rounding   in the site's own dtype the replacement may be at most two bits worse
            does, plus two eps of the largest value. (Two sound orders of summation err by one order of
            magnitude, not by equal amounts: the largest of few errors is a random number.)
 
+What drops values at random is compared with nothing dropped, and its probabilities by themselves.
 Passes of class `lower_precision` or `approximate` only have their distance measured and recorded. Sites
 with one structure are proved once; the key is a hash of both fragments and their inputs.
 """
@@ -30,7 +31,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxaccel.errors import ProofError
-from fxaccel.evaluate import UNSTEADY, Unsteady, run_nodes, widen
+from fxaccel.evaluate import UNSTEADY, Unsteady, dropped, run_nodes, widen
 from fxaccel.ir import Program, SizeSpec, expr, is_tensor, number, structure
 
 _SHRINK = 2.0**-12  # errors are made at 2**-30, to be seen clearly, and scaled down to 2**-42
@@ -57,8 +58,12 @@ class Fragment:
     def __call__(self, values: Sequence[Any], *, double: bool = False) -> list[Any]:
         env: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
         body = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
-        run_nodes(body, env, self.root, double=double)
+        run_nodes(body, env, self.root, double=double, still=True)
         return [env[n] for n in self.outputs]
+
+    def drops(self) -> list[float]:
+        """The probabilities with which its calls drop values at random."""
+        return sorted(p for n in self.graph.nodes if n.op == "call_function" and (p := dropped(n)))
 
     def text(self) -> str:
         """What the fragment computes on what kind of inputs, without names."""
@@ -184,6 +189,9 @@ class _Trial:
     def prove(self) -> Proof:
         seed = int(self.name, 16) % (1 << 63)
         compared = 0
+        drops = self.before.drops(), self.after.drops()
+        if drops[0] != drops[1]:
+            return self.verdict(False, f"it drops with probabilities {drops[1]}, the original {drops[0]}")
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             for i, sizes in enumerate(self.sizes()):
                 for permuted in (False, True):

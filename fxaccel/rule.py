@@ -18,15 +18,15 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import fx
 
 from fxaccel.errors import OptionError, RuleError
 from fxaccel.ir import Program, path
-from fxaccel.pattern import ANY, Match, Ops, Pattern
+from fxaccel.pattern import ANY, Match, Miss, Ops, Pattern
 
-__all__ = ["ANY", "Match", "Ops", "Pass", "Refusals", "Rule", "Rules", "register"]
+__all__ = ["ANY", "Match", "Miss", "Ops", "Pass", "Refusals", "Rule", "Rules", "register"]
 
 Refusals = Iterator[str]
 Numerics = Literal["bitwise", "reassociated", "lower_precision", "approximate"]
@@ -97,8 +97,24 @@ class Rules(Pass):
         driver.rewrite([r() for r in self.rules])
 
 
+class Search(Protocol):
+    """Finds a rule's sites: at nodes that call one of `targets`."""
+
+    @property
+    def targets(self) -> frozenset[Any]:
+        """Operators that a site's root can call."""
+
+    def find(self, program: Program, root: fx.Node) -> Match | Miss:
+        """The site at `root`, or how far it came."""
+
+
 class Rule(Rules):
-    """A local rewrite: `pattern` becomes `rewrite` unless `refuse` yields a sentence."""
+    """A local rewrite: `pattern` becomes `rewrite` unless `refuse` yields a sentence.
+
+    redraws      whether it may take random operators in, and draw other numbers of the same distribution
+    """
+
+    redraws: ClassVar[bool] = False
 
     def apply(self, program: Program, plan: Any, driver: Any) -> None:
         """Rewrite every site of this rule."""
@@ -116,8 +132,12 @@ class Rule(Rules):
         """The code that takes the place of the pattern, returning as many values."""
         raise RuleError(f"rule {type(self).__name__} has no rewrite method")
 
-    def traced(self) -> Pattern:
-        """The pattern as a term."""
+    def remark(self, m: Match) -> str:
+        """What the report says of a rewritten site besides the names."""
+        return ""
+
+    def traced(self) -> Search:
+        """What finds the sites: the pattern as a term, unless the rule has a search of its own."""
         return Pattern.trace(self.pattern)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
-from fxaccel import manager
+from fxaccel import manager, weights
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import Call, ambient_autocast, capture
 from fxaccel.check import Verdict, compare
 from fxaccel.discover import resolve
 from fxaccel.emit import Code, emit
 from fxaccel.errors import CaptureError, OptionError, ProofError
+from fxaccel.evaluate import calm
 from fxaccel.ir import Program, Replacement
 from fxaccel.pieces import Pieces
 from fxaccel.proof import Manifest, Proof, materialise
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
 from fxaccel.structure import Structure, children, deliver
-from fxaccel.tree import clone_tree
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,33 @@ class Capture:
         """The generated code."""
         return self.code.source
 
+    def serves(self, module: nn.Module) -> bool:
+        """Whether the constants of the graph are those that this tree holds."""
+        return all(table[key] is value for table, key, value in self.held(module))
+
     def bind(self, module: nn.Module, index: int, backend: str) -> None:
         """Make the functions over the tables of `module`."""
         self.backend = backend
         names = self.functions(module, f"<fxaccel {type(module).__name__} {index}>")
         self.accepts, self.fits, self.forward = names["accepts"], names["fits"], names["forward"]
+        held, fits = list(self.held(module)), names["fits"]
+        if held:
+            self.fits = lambda: fits() and all(table.get(key) is value for table, key, value in held)
         self.result = _unflattener(self.program.out_spec)
 
-    def functions(self, module: nn.Module, filename: str) -> dict[str, Any]:
-        """`accepts`, `fits` and `forward` over the tables of any tree like the model's."""
-        names = self.code.bind(module, filename)
+    def held(self, module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """The constants of the graph that are attributes of the module's tree: where each is, and what."""
+        for slot in self.program.state.values():
+            path, _, key = slot.name.rpartition(".")
+            owner = dict(module.named_modules()).get(path) if slot.kind == "constant" else None
+            if owner is not None and isinstance(owner.__dict__.get(key), Tensor):
+                yield owner.__dict__, key, self.program.constants[slot.name]
+
+    def functions(self, module: nn.Module, filename: str, still: bool = False) -> dict[str, Any]:
+        """`accepts`, `fits` and `forward` over the tables of any tree like the model's; they drop nothing
+        if `still`."""
+        code = emit(calm(self.program)) if still else self.code
+        names = code.bind(module, filename)
         if self.backend == "inductor":
             names["forward"] = torch.compile(names["forward"], dynamic=True)
         return names
@@ -208,9 +225,16 @@ class Session:
 
     def whole(self, raw: Program, original: nn.Module, module: Any, example: Call) -> Capture:
         one = self.rewrite(raw)
-        self.adopt(module, one.program)
+        before = weights.adopt(module, one.program, self.replacements)
         one.bind(module, self.dropped + len(self.all), self.settings.backend)
-        return self.checked(one, original, module, example) if self.settings.check else one
+        if not self.settings.check:
+            return one
+        verdict = compare(one, original, module, example)
+        if verdict.ok:
+            one.report.check = str(verdict)
+            return one
+        weights.give_back(module, before, self.replacements)
+        return self.unrewritten(one, verdict, original, module, example)
 
     def piecewise(self, why: CaptureError, original: nn.Module, module: Any, example: Call) -> Pieces:
         """The model in several graphs, where it cannot be one."""
@@ -230,12 +254,10 @@ class Session:
         run.program.drop_unused_state()
         return Capture(raw, canonical, run.program, run.manifest, run.report, emit(run.program))
 
-    def checked(self, one: Capture, original: nn.Module, module: nn.Module, example: Call) -> Capture:
-        """The capture, if it agrees with the model; without its passes, if they are to blame."""
-        verdict = compare(one, original, module, example)
-        if verdict.ok:
-            one.report.check = str(verdict)
-            return one
+    def unrewritten(
+        self, one: Capture, verdict: Verdict, original: nn.Module, module: nn.Module, example: Call
+    ) -> Capture:
+        """The capture without its passes, if they are to blame that it does not agree with the model."""
         if self.settings.strict:
             raise ProofError(f"the rewritten model is not the original: {verdict}")
         plain = replace(one, program=one.raw, manifest=Manifest(), code=emit(one.raw))
@@ -276,66 +298,9 @@ class Session:
 
     # -- parameters that passes replaced ----------------------------------------------------------
 
-    def adopt(self, module: nn.Module, program: Program) -> None:
-        """Give the module the parameters that the passes put in the place of others."""
-        known = {(r.by, r.old, r.new) for r in self.replacements}
-        for one in program.replacements:
-            if (one.by, one.old, one.new) in known:
-                continue
-            with torch.no_grad():
-                made = one.forward(*(module.get_parameter(n) for n in one.old))
-            trains = any(module.get_parameter(n).requires_grad for n in one.old)
-            for name in one.old:
-                owner, key = _owner(module, name)
-                del owner._parameters[key]
-            for name, tensor in zip(one.new, made, strict=True):
-                owner, key = _owner(module, name)
-                floating = tensor.dtype.is_floating_point
-                owner._parameters[key] = nn.Parameter(
-                    tensor.detach().clone(), requires_grad=trains and floating
-                )
-            self.replacements.append(one)
-
     def restored(self, module: Any) -> nn.Module:
         """A tree of the original class with the original parameters, to capture and compare with."""
-        tree = clone_tree(module._bare())
-        for one in reversed(self.replacements):
-            if one.inverse is None:
-                raise CaptureError(
-                    f"pass {one.by!r} replaced {', '.join(one.old)} and cannot give them back, so no other "
-                    "mode or shape can be captured",
-                    "capture every mode you need before training, or accelerate the original again",
-                )
-            new = [tree.get_parameter(n) for n in one.new]
-            with torch.no_grad():
-                old = one.inverse(*new)
-            for name in one.new:
-                owner, key = _owner(tree, name)
-                del owner._parameters[key]
-            for name, tensor in zip(one.old, old, strict=True):
-                owner, key = _owner(tree, name)
-                owner._parameters[key] = nn.Parameter(tensor, requires_grad=new[0].requires_grad)
-        return tree
-
-    def to_original(self, state: Any, prefix: str) -> Any:
-        """A state_dict in the names and values of the original."""
-        for one in reversed(self.replacements):
-            new = [state[prefix + n] for n in one.new]
-            if one.inverse is None:
-                continue
-            for name in one.new:
-                del state[prefix + name]
-            with torch.no_grad():
-                state.update(zip((prefix + n for n in one.old), one.inverse(*new), strict=True))
-        return state
-
-    def from_original(self, state: Any, prefix: str) -> None:
-        """Turn a state_dict of the original, in place, into one of this module."""
-        for one in self.replacements:
-            if all(prefix + n in state for n in one.old):
-                old = [state.pop(prefix + n) for n in one.old]
-                with torch.no_grad():
-                    state.update(zip((prefix + n for n in one.new), one.forward(*old), strict=True))
+        return weights.restored(module._bare(), self.replacements)
 
     # -- questions --------------------------------------------------------------------------------
 
@@ -398,7 +363,7 @@ class Session:
         """The same captures over the tables of another module of equal structure."""
         other = Session(self.settings, replacements=list(self.replacements), dropped=self.dropped)
         for key, group in self.captures.items():
-            other.captures[key] = [copy.copy(c) for c in group]
+            other.captures[key] = [copy.copy(c) for c in group if isinstance(c, Pieces) or c.serves(module)]
             for i, one in enumerate(other.captures[key]):
                 one.bind(module, i, self.settings.backend)
         return other
@@ -409,11 +374,6 @@ def _unflattener(spec: Structure) -> Any:
     if not spec.special and children(spec.spec)[0].is_leaf():
         return operator.itemgetter(0)
     return lambda leaves: spec.unflatten(leaves)[0]
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return module.get_submodule(path), key
 
 
 def _reasons(report: CaptureReport, name: str) -> str:
