@@ -517,3 +517,16 @@ def _form(node: ast.Subscript) -> tuple[str, ...]:
     if len({*used}) < len(used):
         raise NotImplementedError(f"the gradient of {ast.unparse(node)!r}: an index stands in it twice")
     return tuple(form)
+
+
+@lru_cache(1024)
+def plain_reads(text: str) -> tuple[tuple[str, int, str], ...]:
+    """(table, dimension, index) wherever a dimension of a table is read by b, h, q or k itself."""
+    found = []
+    for node in ast.walk(parse(text)):
+        match node:
+            case ast.Subscript(value=ast.Name(id=table)):
+                for dim, index in enumerate(subscripts(node)):
+                    if isinstance(index, ast.Name) and index.id in INDICES:
+                        found.append((table, dim, index.id))
+    return tuple(found)

@@ -1,7 +1,7 @@
 """Run attention as one flash kernel, forward and backward.
 
     p = softmax(scale * q @ k^T, -1)
-    out = p @ v                            =>   out = fxaccel.attention(q, k, v, None, False, scale)
+    out = p @ v                            =>   out = fxaccel.attention(q, k, v, [], "", "", scale)
 
 Fires on   `scaled_dot_product_attention` with any mask and grouped heads, and the written-out core of two
            products around a softmax, scaled or not, with the softmax in float32 or not.
@@ -11,6 +11,8 @@ Source     Dao 2023, "FlashAttention-2", arXiv:2307.08691.
 """
 
 import math
+
+import torch
 
 from fxaccel.kernels import attention as kernel
 from fxaccel.rule import Match, Ops, Refusals, Rule, Rules, register
@@ -30,11 +32,28 @@ class ScaledDotProduct(Rule):
             yield f"it drops attention weights with probability {m.p}; the kernel has no dropout"
         if m.scale is None and not isinstance(q.shape[-1], int):
             yield "the scale is left to a head size that is not a number"
-        yield from kernel.unsupported(q, k, v, bias, m.causal)
+        if bias is not None and bias.ndim > 4:
+            yield f"the mask has {bias.ndim} dimensions; the kernel takes up to 4"
+            return
+        yield from kernel.unsupported(q, k, v, *_terms(bias, bias, m.causal))
 
     def rewrite(self, op: Ops, m: Match):
         scale = m.scale if m.scale is not None else 1 / math.sqrt(m.val("q").shape[-1])
-        return op.fxaccel.attention.default(m.q, m.k, m.v, m.bias, m.causal, scale)
+        tables, mask, bias = _terms(m.bias, m.val("bias"), m.causal)
+        return op.fxaccel.attention.default(m.q, m.k, m.v, tables, mask, bias, scale)
+
+
+def _terms(given, bias, causal: bool) -> tuple[list, str, str]:
+    """Tables, mask and bias of the kernel for an SDPA mask, `given`, of the type of `bias`."""
+    mask = "k <= q" if causal else ""
+    if bias is None:
+        return [], mask, ""
+    names = ("b", "h", "q", "k")[4 - bias.ndim :]
+    indices = ["0" if kernel.known(n) == 1 else name for n, name in zip(bias.shape, names, strict=True)]
+    read = f"t0[{', '.join(indices)}]"
+    if bias.dtype == torch.bool:
+        return [given], f"({mask}) & {read}" if causal else read, ""
+    return [given], mask, read
 
 
 class WrittenOut(Rule):
@@ -65,7 +84,7 @@ class WrittenOut(Rule):
     def rewrite(self, op: Ops, m: Match):
         k = op.aten.permute.default(m.kt, [0, 1, 3, 2])
         scale = float(m.scale) if m.chose("scaled") else 1.0
-        return op.fxaccel.attention.default(m.q, k, m.v, None, False, scale)
+        return op.fxaccel.attention.default(m.q, k, m.v, [], "", "", scale)
 
 
 @register

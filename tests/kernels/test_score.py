@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxaccel.kernels import _score
+from fxaccel.kernels import _score, _score_blocks
 
 B, H, S, T = 2, 3, 5, 7
 
@@ -314,3 +314,54 @@ def test_forms_that_have_a_gradient(bias, number, forms):
 def test_forms_that_have_none(bias, number, why):
     with pytest.raises(NotImplementedError, match=why):
         _score.gradient_forms(bias, number)
+
+
+masks_of_tables = st.recursive(
+    comparisons | linear | st.sampled_from(["t1[b, k]", "(q // 2 == k // 2)", "(t0[b, q] == t0[b, k])"]),
+    lambda x: st.one_of(
+        st.tuples(x, st.sampled_from("&|"), x).map(lambda p: f"({' '.join(p)})"),
+        x.map(lambda p: f"(~{p})"),
+        st.tuples(x, integers, integers, integers).map(lambda p: f"(where({p[0]}, {p[1]}, {p[2]}) < {p[3]})"),
+        st.tuples(x, x, x).map(lambda p: f"where({', '.join(p)})"),
+    ),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks_of_tables, st.integers(1, 3), st.integers(1, 3))
+def test_reach_leaves_no_key_out(text, queries, keys):
+    kept = _score.evaluate(text, TABLES, B, H, S, T).expand(B, H, S, T)
+    found = _score_blocks.reach(text, TABLES, (B, H, S, T), queries, keys)
+    assert len(found) == -(-S // queries)
+    for i, (first, stop, whole) in enumerate(found):
+        rows = kept[:, :, i * queries : (i + 1) * queries]
+        assert not rows[..., :first].any()
+        assert not rows[..., stop:].any()
+        assert not whole or rows[..., first:stop].all()
+
+
+CHUNKS = torch.arange(64).div(16, rounding_mode="floor").expand(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "wholes"),
+    [
+        ("k <= q", [16, 32, 48, 64], 0),
+        ("k < q + 16", [32, 48, 64, 64], 1),
+        ("(k <= q) & (q - k < 16)", [16, 32, 32, 32], 0),
+        ("q // 16 == k // 16", [16] * 4, 4),
+        ("t0[b, q] == t0[b, k]", [16] * 4, 4),
+        ("(k <= q) & (t0[b, q] == t0[b, k])", [16] * 4, 0),
+        ("(k <= q) | (k < 7)", [16, 32, 48, 64], 0),
+        ("q < 20", [64, 64, 0, 0], 1 + 2),
+        ("t0[b, k] < 1", [16] * 4, 4),
+        ("abs(q - k) <= 15", [32, 48, 48, 32], 0),
+        ("q % 64 < 32", [64, 64, 0, 0], 4),
+        ("t0[b, k] == t0[b, (q + k) % 64]", [64] * 4, 0),
+    ],
+)
+def test_reach_is_narrow(text, keys, wholes):
+    found = _score_blocks.reach(text, [CHUNKS], (2, 1, 64, 64), 16, 16)
+    assert [r.stop - r.first for r in found] == keys
+    assert sum(r.whole for r in found) == wholes
