@@ -22,13 +22,15 @@ Kernel = Callable[..., Any]
 _KERNELS: dict[Op, dict[DispatchKey, Kernel]] = {}
 
 
-def define(schema: str, *, cpu: Kernel, cuda: Kernel, fake: Kernel) -> Op:
+def define(schema: str, *, cpu: Kernel, cuda: Kernel, fake: Kernel, random: bool = False) -> Op:
     """Declare `fxaccel::<schema>` with its kernel on each device and its shape function.
 
     Kernels and shape function repeat the schema's defaults: PyTorch leaves out arguments that equal them.
+    `random` says that it may draw from torch's generator.
     """
     name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.nondeterministic_seeded,) if random else ()
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, cpu, "CPU")
     _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"fxaccel::{name}", fake, lib=_LIBRARY)
@@ -118,9 +120,15 @@ def count_flops(op: Op, formula: Callable[..., int]) -> None:
     register_flop_formula(op.overloadpacket)(formula)
 
 
+def known(size: int | torch.SymInt) -> int | None:
+    """The number that a size is, if it is one; never decides, or guards on, a symbolic size."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are known to differ; never decides, or guards on, a symbolic size."""
-    return isinstance(a, int) and isinstance(b, int) and a != b
+    x, y = known(a), known(b)
+    return x is not None and y is not None and x != y
 
 
 def unlike(name: str, x: Tensor, other_name: str, other: Tensor) -> Iterator[str]:

@@ -1,62 +1,97 @@
-"""out = attention(q, k, v, bias, causal, scale) = softmax(scale * q @ k^T + bias) @ v.
+"""out = attention(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty): softmax(scores) @ v.
+
+    s = scale * q @ k^T;  s = softcap * tanh(s / softcap);  s = s + bias(b, h, q, k);  s = -inf where not mask
+    p = softmax(s, -1), with sinks[h] as one more logit;  p = dropout(p);  out = p @ v
 
 Shapes     q: [B, H, S, D]; k: [B, G, T, D]; v: [B, G, T, E]; H a multiple of G, and query head h reads head
-           h // (H // G). bias: None, or broadcasts to [B, H, S, T]: added if float, True = attend if bool.
-           `causal` is aligned at the top left: query s sees keys 0 .. s. Returns out: [B, H, S, E], stored
-           as [B, S, H, E], so that joining the heads copies nothing.
-Numerics   softmax in fp32 (fp64 for fp64), one rounding at the end. A row that sees no key (all False or
-           all -inf) is 0 and has gradient 0; a row of finfo.min is the mean of v, as written.
-Cost       2 * B * H * S * T * (D + E) flop forward, 2 * B * H * S * T * (3 * D + 2 * E) backward; no tensor
-           of size S * T, except on the CPU for the gradient of a bias.
-Limits     D, E <= MAX_D. float64 on a GPU runs `reference`. No dropout. No second derivative: it raises.
+           h // (H // G). sinks: [H]. Returns out: [B, H, S, E], stored as [B, S, H, E], so that joining the
+           heads copies nothing.
+Scores     mask and bias are texts over b, h, q, k, S, T and the tables t0 .. t3, or "": "k <= q", "t0[b, k]";
+           _score has the language.
+Numerics   softmax in fp32 (fp64 for fp64), one rounding at the end. dropout draws one int64 from the device's
+           generator, and every weight follows from it: forward and backward drop the same ones.
+Empty      a row that keeps no key gives 0 and no gradients ("zero"), NaN ("nan"), or the mean of v, as if a
+           huge negative number were added to all its scores ("mean") or put in their place ("fill"). With
+           sinks it gives 0: the sink has all the weight.
+Cost       2 * B * H * S * T * (D + E) flop forward, 2 * B * H * S * T * (3 * D + 2 * E) backward, less what
+           the mask cuts off; no tensor of size S * T. Rows without keys, unless "zero": O((S + T) * D * E).
+Limits     D, E <= MAX_D. Gradients of q, k, v, sinks, and of tables that the bias adds as they are, which
+           _score.gradient_forms knows. float64 on a GPU runs `reference`. No second derivative: it raises.
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691; Ainslie et al. 2023,
-           arXiv:2305.13245.
+           arXiv:2305.13245; Dong et al. 2024, arXiv:2412.05496 (masks and scores as functions of indices).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxaccel.kernels import _flash, _operator
+from fxaccel.kernels import _attention_cpu, _flash, _operator, _score
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_D = 256
+EMPTY = ("zero", "nan", "mean", "fill")
 
-aten = torch.ops.aten
+known = _operator.known
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    empty: str = "zero",
+) -> Tensor:
     """The meaning of this op: what every test compares with."""
     f = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(f) for x in (k, v))
-    s = q.to(f) @ k.mT * scale
-    if bias is not None:
-        s = s.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else s + bias.to(f)
-    if causal:
-        s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -torch.inf)
-    empty = (s == -torch.inf).all(-1, keepdim=True)
-    p = s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    return _joined((p @ v).to(q.dtype))
-
-
-def _joined(out: Tensor) -> Tensor:
-    """[B, H, S, E] stored as [B, S, H, E], copied only if it is not."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    sizes = (*q.shape[:3], k.shape[2])
+    raw = s = q.to(f) @ k.mT * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if bias:
+        s = s + _score.evaluate(bias, tables, *sizes, dtype=f, device=q.device)
+    if mask:
+        s = s.masked_fill(~_score.evaluate(mask, tables, *sizes, dtype=f, device=q.device), -torch.inf)
+    none = (s == -torch.inf).all(-1, keepdim=True)
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(f)[:, None, None].expand(*s.shape[:3], 1)], -1)
+        p = s.softmax(-1)[..., :-1]
+    elif empty == "nan":
+        p = s.softmax(-1)
+    elif empty == "mean":
+        p = torch.where(none, raw - raw.detach(), s).softmax(-1)
+    else:
+        p = s.masked_fill(none, 0.0).softmax(-1)
+        p = p if empty == "fill" else p.masked_fill(none, 0.0)
+    out = F.dropout(p, dropout) @ v
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def unsupported(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None = None,
-    causal: bool = False,
+    tables: Sequence[Tensor] = (),
+    mask: str = "",
+    bias: str = "",
     scale: float = 1.0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    empty: str = "zero",
 ) -> Iterator[str]:
-    """Why this op cannot take these arguments, if it cannot. Reads ranks, dtypes and static sizes."""
+    """Why this op cannot take these arguments, if it cannot. Reads ranks, dtypes and known sizes."""
     if q.dtype not in DTYPES:
         yield f"dtype {q.dtype} is not one of {', '.join(map(str, DTYPES))}"
     if not q.dtype == k.dtype == v.dtype:
@@ -65,8 +100,14 @@ def unsupported(
         yield f"q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dimensions; the kernel takes 4 each"
         return
     yield from _unsupported_sizes(q, k, v)
-    if bias is not None:
-        yield from _unsupported_bias(q, k, bias)
+    yield from _unsupported_tables(q, k, tables, mask, bias)
+    if sinks is not None and (sinks.ndim != 1 or _operator.differ(sinks.shape[0], q.shape[1])):
+        yield f"the sinks are {list(sinks.shape)}; the kernel takes one for each of {q.shape[1]} query heads"
+    if sinks is not None and not sinks.is_floating_point():
+        yield f"the sinks are {sinks.dtype}; the kernel takes floats"
+    if not 0 <= dropout < 1:
+        yield f"it drops weights with probability {dropout}, which is not within 0 .. 1"
+    yield from _unsupported_empty(tables, bias, softcap, sinks, dropout, empty)
 
 
 def _unsupported_sizes(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
@@ -78,205 +119,265 @@ def _unsupported_sizes(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
     if any(map(differ, k.shape[:3], v.shape[:3])):
         yield f"k is {list(k.shape)} and v {list(v.shape)}: B, heads or T differ"
     for name, size in (("D", q.shape[3]), ("E", v.shape[3])):
-        if not isinstance(size, int):
+        number = known(size)
+        if number is None:
             yield f"{name} = {size} is not a number, and so not known to be at most {MAX_D}"
-        elif not 0 < size <= MAX_D:
-            yield f"{name} = {size} is not within 1 .. {MAX_D}"
-    yield from _unsupported_heads(q.shape[1], k.shape[1])
-
-
-def _unsupported_heads(h: int | torch.SymInt, g: int | torch.SymInt) -> Iterator[str]:
-    if isinstance(h, int) and isinstance(g, int):
+        elif not 0 < number <= MAX_D:
+            yield f"{name} = {number} is not within 1 .. {MAX_D}"
+    h, g = known(q.shape[1]), known(k.shape[1])
+    if h is not None and g is not None:
         if not g or h % g:
             yield f"{h} query heads are not a multiple of {g} key heads"
-    elif str(h) != str(g):
-        yield f"{h} query heads are not known to be a multiple of {g} key heads"
+    elif str(q.shape[1]) != str(k.shape[1]):
+        yield f"{q.shape[1]} query heads are not known to be a multiple of {k.shape[1]} key heads"
 
 
-def _unsupported_bias(q: Tensor, k: Tensor, bias: Tensor) -> Iterator[str]:
-    if bias.dtype not in (torch.bool, torch.float32, q.dtype):
-        yield f"the bias is {bias.dtype}; the kernel takes bool, float32 or {q.dtype}"
-    scores = (*q.shape[:3], k.shape[2])
-    pairs = zip(reversed(bias.shape), reversed(scores), strict=False)
-    known = all(not _operator.differ(a, b) or (isinstance(a, int) and a == 1) for a, b in pairs)
-    if bias.ndim > 4 or not known:
-        yield f"the bias, {list(bias.shape)}, does not broadcast to {list(scores)}"
+def _unsupported_tables(
+    q: Tensor, k: Tensor, tables: Sequence[Tensor], mask: str, bias: str
+) -> Iterator[str]:
+    if len(tables) > len(_score.TABLES):
+        yield f"it reads {len(tables)} tables; the kernel takes up to {len(_score.TABLES)}"
+    for i, table in enumerate(tables):
+        if table.is_complex():
+            yield f"t{i} is {table.dtype}; the kernel takes bool, integer or floating tables"
+        if table.device != q.device:
+            yield f"t{i} is on {table.device}, q on {q.device}"
+    sizes = dict(zip(_score.INDICES, (*q.shape[:3], k.shape[2]), strict=True))
+    for what, text, kinds in (("mask", mask, ("bool",)), ("bias", bias, ("int", "float"))):
+        if text:
+            reasons = list(_score.problems(what, text, tables, kinds))
+            yield from reasons or _unsupported_reads(text, tables, sizes)
 
 
-def _mask(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The bias as PyTorch's CPU kernel takes it: of 2 or 4 dimensions, added."""
-    if bias is None:
-        return None
-    if bias.dtype == torch.bool:
-        bias = q.new_zeros(bias.shape).masked_fill_(~bias, -torch.inf)
-    return bias[(None,) * (4 - bias.ndim)]
+def _unsupported_reads(text: str, tables: Sequence[Tensor], sizes: dict[str, Any]) -> Iterator[str]:
+    for name, dim, index in _score.plain_reads(text):
+        size, bound = known(tables[_score.TABLES.index(name)].shape[dim]), known(sizes[index])
+        if size is not None and bound is not None and size < bound:
+            yield f"{name} has {size} entries in dimension {dim}, which {index} reads up to {bound}"
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """q and scale with scale > 0, and the factor taken into q.
-
-    PyTorch's CPU kernel scales after it masks: -inf times 0 or a negative number lets masked keys in.
-    """
-    if scale > 0:
-        return q, scale, 1.0
-    return (-q, -scale, -1.0) if scale else (torch.zeros_like(q), 1.0, 0.0)
-
-
-def _fitted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v of one head size and unit last stride, which the CPU kernel assumes and does not check."""
-    width = max(q.shape[3], v.shape[3])
-    padded = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
-    return tuple(x if x.stride(3) == 1 else x.contiguous() for x in padded)
-
-
-def compose(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """The CPU kernel."""
-    return _compose_save(q, k, v, bias, causal, scale)[0]
+def _unsupported_empty(
+    tables: Sequence[Tensor],
+    bias: str,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout: float,
+    empty: str,
+) -> Iterator[str]:
+    if empty not in EMPTY:
+        yield f"empty is {empty!r}, none of {', '.join(EMPTY)}"
+    if sinks is not None:
+        return
+    if dropout and empty in ("mean", "fill"):
+        yield f"it drops weights of rows that keep no key, which are the {empty} of the values"
+    if empty == "mean" and softcap:
+        yield "scores with a softcap reach rows that keep no key, which are the mean of the values"
+    if empty == "mean" and any(t.requires_grad for t in _read(tables, bias)):
+        yield "a bias that takes gradients reaches rows that keep no key, which are the mean of the values"
 
 
-def _compose_save(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out and lse, to the base e."""
-    if not (q.numel() and k.numel() and v.numel()):  # PyTorch's kernel divides by a size of 0
-        (b, h, s, _), e = q.shape, v.shape[3]
-        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q.new_zeros(b, s, h, e).transpose(1, 2), q.new_full((b, h, s), torch.inf, dtype=kind)
-    e = v.shape[3]
-    q, scale, _ = _positive(q, scale)
-    q, k, v = _fitted(q, k, v)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=_mask(bias, q), scale=scale
+def _read(tables: Sequence[Tensor], text: str) -> list[Tensor]:
+    return [t for name, t in zip(_score.TABLES, tables, strict=False) if name in _score.names(text)]
+
+
+# rows that keep no key
+
+
+def _settled(empty: str, sinks: Tensor | None, mask: str, bias: str, s: int, t: int) -> bool:
+    """Whether rows that keep no key are as the kernels leave them: it is "zero", or there are none."""
+    if empty == "zero" or sinks is not None or not s or not t:
+        return True
+    band = _score.band(mask)
+    if band.rest or bias:
+        return False
+    low, high = band.limits(s, t)
+    least = -t if low is None else low
+    most = s + t if high is None else high
+    return least <= most and most >= 0 and s - 1 + least <= t - 1
+
+
+def _heads(x: Tensor, like: Tensor) -> Tensor:
+    """[B, G, ...] as [B, H, ...]: each key head for the query heads that read it."""
+    return x.repeat_interleave(like.shape[1] // x.shape[1], 1)
+
+
+def _settle(out: Tensor, lse: Tensor, v: Tensor, empty: str) -> Tensor:
+    """out with its rows that keep no key."""
+    none = (lse == torch.inf).unsqueeze(-1)
+    if out.device.type == "cpu" and not none.any():
+        return out
+    if empty == "nan":
+        return out.masked_fill_(none, torch.nan)
+    mean = v.to(lse.dtype).mean(2, keepdim=True).to(out.dtype)
+    return out.copy_(torch.where(none, _heads(mean, out), out))
+
+
+def _settle_gradients(
+    grads: tuple[Any, ...], dout: Tensor, call: tuple[Any, ...], out: Tensor, lse: Tensor, empty: str
+) -> tuple[Any, ...]:
+    """dq, dk, dv, dsinks and dtables with what rows that keep no key add to them."""
+    q, k, v, _tables, _mask, bias, scale = call[:7]
+    dq, dk, dv, dsinks, dtables = grads
+    none = lse == torch.inf
+    if q.device.type == "cpu" and not none.any():
+        return grads
+    if empty == "nan":
+        _spread_nan(none, dtables, bias, k.shape[2])
+        group = none.any(2).unflatten(1, (k.shape[1], -1)).any(2)[..., None, None]
+        return dq.masked_fill(none.unsqueeze(-1), torch.nan), *(
+            x.masked_fill(group, torch.nan) for x in (dk, dv)
+        ), dsinks, dtables  # fmt: skip
+    f, n, t = lse.dtype, q.shape[1] // k.shape[1], k.shape[2]
+    rows = torch.where(none.unsqueeze(-1), dout.to(f), 0.0)
+    group = lambda x: x.unflatten(1, (-1, n)).sum(2)  # noqa: E731
+    dv = (dv + group(rows.sum(2, keepdim=True)) / t).to(v.dtype)
+    if empty == "fill":
+        return dq, dk, dv, dsinks, dtables
+    k, v = k.to(f), v.to(f)
+    delta = (rows * out).sum(-1, keepdim=True)
+    products = rows @ _heads(v.mT @ k, q) - delta * _heads(k.sum(2, keepdim=True), q)
+    dq = (dq + products * (scale / t)).to(q.dtype)
+    moments = v @ group(rows.mT @ q.to(f)) - group((delta * q).sum(2, keepdim=True))
+    dk = (dk + moments * (scale / t)).to(q.dtype)
+    return dq, dk, dv, dsinks, dtables
+
+
+def _spread_nan(none: Tensor, dtables: Sequence[Tensor | None], bias: str, t: int) -> None:
+    """NaN at the entries that a row without keys reads, for whichever key."""
+    for number, dtable in enumerate(dtables):
+        for form in _score.gradient_forms(bias, number) if dtable is not None else ():
+            dtable.masked_fill_(_hit(none, form, t), torch.nan)
+
+
+def _hit(none: Tensor, form: tuple[str, ...], t: int) -> Tensor:
+    """Whether a row of `none` reads an entry of a table of that form; broadcasts to the table."""
+    names, s = ["b", "h", "q"], none.shape[2]
+    if "relative" in form:
+        before = F.pad(none.int().cumsum(2), (1, 0))  # of the rows up to each
+        first = s - 1 - torch.arange(s + t - 1, device=none.device)  # the row that reads it for key 0
+        names[2], none = "relative", before[..., (first + t).clamp(0, s)] > before[..., first.clamp(0, s)]
+    over = [i for i, name in enumerate(names) if name not in form]
+    none = none.sum(over) > 0 if over else none
+    left = [name for name in names if name in form]
+    none = none.permute([left.index(name) for name in form if name in left])
+    return none[tuple(slice(None) if name in left else None for name in form)]
+
+
+# the operators
+
+
+def _kernels(q: Tensor) -> ModuleType:
+    return _attention_cpu if q.device.type == "cpu" else _flash
+
+
+def _seed(q: Tensor, dropout: float) -> Tensor:
+    """One int64 from the generator of q's device; none is drawn without dropout."""
+    seed = torch.empty(int(dropout > 0), dtype=torch.int64, device=q.device)
+    return seed.random_() if dropout else seed
+
+
+def _save(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    empty: str = "zero",
+    save: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse (each device's own, +inf for rows that keep no key) and the seed."""
+    seed = _seed(q, dropout)
+    settled = _settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
+    out, lse = _kernels(q).launch_forward(
+        q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed, save=save or not settled
     )
-    return _joined(out[..., :e]), lse.contiguous()
+    return out if settled else _settle(out, lse, v, empty), lse, seed
 
 
-def _compose_backward(
+def compute(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    """Attention by the kernel of q's device. No checks: the caller has asked `unsupported`."""
+    if q.dtype == torch.float64 and q.device.type == "cuda":
+        return reference(q, k, v, *args)
+    return _save(q, k, v, *args, save=False)[0]
+
+
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Any,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    seed: Tensor,
     scale: float,
-    bias_grad: bool,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout: float,
+    empty: str,
+    wanted: Sequence[bool],
 ) -> tuple[Any, ...]:
-    """dq, dk, dv, and dbias in lse's dtype."""
-    if not (q.numel() and k.numel() and v.numel()):
-        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-        return *grads, lse.new_zeros(bias.shape if bias_grad else (0,))
-    d, e = q.shape[3], v.shape[3]
-    dbias = lse.new_empty(0)
-    if bias_grad:
-        dbias = _bias_gradient(dout, q, k, v, bias, out, lse, causal, scale)
-    q, scale, factor = _positive(q, scale)
-    q, k, v = _fitted(q, k, v)
-    dout, out, _ = _fitted(dout, out, v)
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, attn_mask=_mask(bias, q), scale=scale
+    """dq, dk, dv, dsinks, dtables: those that are not wanted are of no size."""
+    settled = _settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
+    kept = out if settled or empty != "nan" else out.masked_fill((lse == torch.inf).unsqueeze(-1), 0.0)
+    grads = _kernels(q).launch_backward(
+        dout, q, k, v, tables, mask, bias, kept, lse, scale, softcap, sinks, dropout, seed, list(wanted)
     )
-    if factor != 1.0:
-        dq = dq * factor
-    return *(x[..., :w].contiguous() for x, w in ((dq, d), (dk, d), (dv, e))), dbias
+    if not settled:
+        call = (q, k, v, tables, mask, bias, scale)
+        grads = _settle_gradients(grads, dout, call, kept, lse, empty)
+    dq, dk, dv, dsinks, dtables = grads
+    some = [q.new_empty(0) if x is None else x for x in (dsinks, *dtables)]
+    return dq, dk, dv, some[0], some[1:]
 
 
-def _bias_gradient(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    """dS, summed over what the bias broadcasts over."""
-    f = lse.dtype
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(f) for x in (k, v))
-    s = (q.to(f) @ k.mT).mul_(scale).add_(bias)
-    if causal:
-        s.masked_fill_(torch.ones_like(s, dtype=torch.bool).triu_(1), -torch.inf)
-    p = s.sub_(lse.unsqueeze(-1)).exp_()
-    p.masked_fill_(p.isnan(), 0.0)  # a row that sees no key, where PyTorch's lse of it is -inf
-    dout = dout.to(f)
-    delta = (dout * out).sum(-1, keepdim=True)
-    return p.mul_((dout @ v.mT).sub_(delta)).sum_to_size(bias.shape)
-
-
-def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """Run the Triton kernel. No checks: the caller has asked `unsupported`."""
-    return _flash.launch_forward(q, k, v, bias, causal, scale)[0]
-
-
-def _save_cuda(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Any, ...]:
-    return _flash.launch_forward(q, k, v, bias, causal, scale, save=True)
-
-
-def _backward_cuda(*args: Any) -> tuple[Any, ...]:
-    *grads, dbias = _flash.launch_backward(*args)
-    return *grads, args[6].new_empty(0) if dbias is None else dbias
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     b, h, s, _ = q.shape
     return q.new_empty(b, s, h, v.shape[3]).transpose(1, 2)
 
 
-def _save_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _save_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _fake(q, k, v, bias, causal, scale), q.new_empty(q.shape[:3], dtype=kind)
+    dropout = args[6] if len(args) > 6 else 0.0
+    seed = q.new_empty(int(dropout > 0), dtype=torch.int64)
+    return _fake(q, k, v), q.new_empty(q.shape[:3], dtype=kind), seed
 
 
-def _backward_fake(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Any,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    bias_grad: bool,
-) -> tuple[Any, ...]:
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: Any, *args: Any) -> tuple[Any, ...]:
+    sinks, wanted = args[7], args[10]
+    given = zip((*tables, sinks), wanted, strict=True)
+    some = [x.new_empty(x.shape) if w else q.new_empty(0) for x, w in given]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    return *grads, lse.new_empty(bias.shape if bias_grad else (0,))
+    return *grads, some[-1], some[:-1]
 
 
-def _double_or(launch_kernel):
-    """The GPU's kernel: `launch_kernel`, and `reference` for float64, which Triton's kernel leaves out."""
-
-    def kernel(q: Tensor, *args: Any) -> Tensor:
-        return (reference if q.dtype == torch.float64 else launch_kernel)(q, *args)
-
-    return kernel
-
-
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor[] tables, str mask, str bias, float scale, float softcap=0.0,"
+    ' Tensor? sinks=None, float dropout=0.0, str empty="zero"'
+)
 op = _operator.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale) -> Tensor",
-    cpu=compose,
-    cuda=_double_or(launch),
-    fake=_fake,
+    f"attention({_ARGUMENTS}) -> Tensor", cpu=compute, cuda=compute, fake=_fake, random=True
 )
 save_op = _operator.define(
-    "attention_save(Tensor q, Tensor k, Tensor v, Tensor? bias, bool causal, float scale)"
-    " -> (Tensor out, Tensor lse)",
-    cpu=_compose_save,
-    cuda=_save_cuda,
+    f"attention_save({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor seed)",
+    cpu=_save,
+    cuda=_save,
     fake=_save_fake,
+    random=True,
 )
 backward_op = _operator.define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse,"
-    " bool causal, float scale, bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-    cpu=_compose_backward,
-    cuda=_backward_cuda,
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor[] tables, str mask, str bias,"
+    " Tensor out, Tensor lse, Tensor seed, float scale, float softcap, Tensor? sinks, float dropout,"
+    " str empty, bool[] wanted) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor[] dtables)",
+    cpu=_backward,
+    cuda=_backward,
     fake=_backward_fake,
 )
 
@@ -285,26 +386,48 @@ class Attention(torch.autograd.Function):
     """The derivative, from lse: no probabilities are stored."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, causal, scale):
+    def forward(ctx, q, k, v, sinks, options, *tables):
         """Run attention and keep what its gradient reads."""
-        out, lse = save_op(q, k, v, bias, causal, scale)
-        ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.causal, ctx.scale = causal, scale
+        mask, bias, scale, softcap, dropout, empty = ctx.options = options
+        out, lse, seed = save_op(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, seed, *tables)
         return out
 
     @staticmethod
     @_operator.once_differentiable
     def backward(ctx, dout):
-        """Gradients of q, k, v and bias."""
-        q, k, v, bias, out, lse = ctx.saved_tensors
-        bias_grad = ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = backward_op(dout, q, k, v, bias, out, lse, ctx.causal, ctx.scale, bias_grad)
-        return dq, dk, dv, dbias.to(bias.dtype) if bias_grad else None, None, None
+        """Gradients of q, k, v, of the sinks, and of the tables that the bias adds."""
+        q, k, v, sinks, out, lse, seed, *tables = ctx.saved_tensors
+        mask, bias, scale, softcap, dropout, empty = ctx.options
+        wanted = [*ctx.needs_input_grad[5:], ctx.needs_input_grad[3]]
+        for number, needed in enumerate(wanted[:-1]):
+            if needed:
+                _score.gradient_forms(bias, number)  # raises where it has none
+                if empty == "mean" and sinks is None:
+                    raise NotImplementedError(f"t{number} has no gradient where empty rows are the mean")
+        dq, dk, dv, dsinks, dtables = backward_op(
+            dout, q, k, v, tables, mask, bias, out, lse, seed, scale, softcap, sinks, dropout, empty, wanted
+        )
+        some = [x if needed else None for x, needed in zip((*dtables, dsinks), wanted, strict=True)]
+        return dq, dk, dv, some[-1], None, *some[:-1]
 
 
-def _derivative(q: Tensor, *args: Any) -> Tensor:
-    double = q.dtype == torch.float64 and q.device.type == "cuda"
-    return reference(q, *args) if double else Attention.apply(q, *args)
+def _derivative(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout: float,
+    empty: str,
+) -> Tensor:
+    if q.dtype == torch.float64 and q.device.type == "cuda":
+        return reference(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
+    return Attention.apply(q, k, v, sinks, (mask, bias, scale, softcap, dropout, empty), *tables)
 
 
 def _flops(q, k, v, *args, **kwargs) -> int:
@@ -322,9 +445,22 @@ _operator.count_flops(
 )
 
 
-def direct(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def direct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    empty: str = "zero",
+) -> Tensor:
     """The op on CPU tensors, past the dispatcher where torch's own operator means the same."""
-    if scale <= 0 or (bias is not None and bias.dtype not in (torch.bool, q.dtype)):
-        return op(q, k, v, bias, causal, scale)
+    extras = bias or softcap or dropout or sinks is not None
+    if extras or mask not in ("", "k <= q") or scale <= 0:
+        return op(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, bias, 0.0, causal, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, None, 0.0, mask != "", scale=scale, enable_gqa=grouped)

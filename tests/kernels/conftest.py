@@ -8,10 +8,13 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl
+from triton.language import random
 from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
-OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in ("_rows", "_flash")]
+FLASH = ("_flash", "_flash_backward", "_flash_bias", "_flash_forward", "_flash_lists", "_flash_source", "_flash_tiles")
+OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in ("_rows", *FLASH)]
+GENERATED = [getattr(OURS[FLASH.index("_flash_source") + 1], name) for name in ("keep", "bias", "blocks")]
 
 
 class _Interpreted(InterpretedFunction):
@@ -28,17 +31,22 @@ def interpreter():
     TRITON_INTERPRET acts when a kernel is defined, so it would have to be set before anything imports
     Triton, and would then make it impossible to compile in the same process.
     """
-    scopes = (*OURS, tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base)
+    scopes = (*OURS, tl, tl.core, tl.math, tl.standard, random, tl.tensor, tl.core.tensor_descriptor_base)
     before = [dict(vars(scope)) for scope in scopes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for function in (tl.sum.fn, OURS[0].forward_kernel.fn):  # what they see: tl.core, tl
             _patch_lang(function)
-        for module in (*OURS, tl, tl.standard):
+        for generated in GENERATED:  # what was made before was made to be compiled
+            generated.cache_clear()
+        patch.setattr(triton, "jit", _Interpreted)
+        for module in (*OURS, tl, tl.standard, random):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     setattr(module, name, _Interpreted(value.fn))
         yield
+    for generated in GENERATED:
+        generated.cache_clear()
     for scope, names in zip(scopes, before, strict=True):  # the interpreter leaves its own changes behind
         for name in vars(scope).keys() - names.keys():
             delattr(scope, name)

@@ -7,15 +7,14 @@ import subprocess
 import pytest
 import torch
 
-from fxaccel.kernels import _flash, _rows
+from fxaccel.kernels import _flash, _flash_blocks, _rows
 
 triton = pytest.importorskip("triton")
 nvidia = pytest.importorskip("triton.backends.nvidia")
 
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 pytestmark = pytest.mark.skipif(
     not isinstance(_rows.forward_kernel, JITFunction), reason="TRITON_INTERPRET is set"
@@ -28,9 +27,9 @@ TARGETS = {  # and the shared memory that a program may use there
 }
 CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FP32_POINTERS = {"mean_ptr", "rstd_ptr", "dw_ptr", "db_ptr", "lse_ptr", "delta_ptr", "dbias_ptr"}
-FLOATS = {"eps", "offset", "scale"}
-STEPS_OF_ONE = {"bias_n", "bias_m", "bias_b", "bias_h", "N", "S", "T"}  # not multiples of 16
+FP32_POINTERS = {"mean_ptr", "rstd_ptr", "dw_ptr", "db_ptr"}
+FLOATS = {"eps", "offset"}
+STEPS_OF_ONE = {"N"}  # not a multiple of 16
 
 
 def compiled(kernel, target, dtype, constants, warps, stages=None):
@@ -116,67 +115,109 @@ def test_rows_in_full(target, dtype, columns, centred, kernel):
     kernel(target, dtype, columns, centred)
 
 
-KERNELS = {
-    "forward": _flash.forward_kernel,
-    "keys": _flash.key_gradient_kernel,
-    "queries": _flash.query_gradient_kernel,
-    "bias": _flash.bias_gradient_kernel,
+PADDING, TENSOR, SLOPES = "(k <= q) & t0[b, k]", "t0[0, h, q, k]", "t0[h] * (k - q)"
+RELATIVE, DOCUMENTS = "t0[h, k - q + S - 1]", "(k <= q) & (t0[b, q] == t0[b, k])"
+FEATURES = {  # mask, bias, softcap, sinks, dropout
+    "plain": ("", "", 0.0, False, 0.0),
+    "causal": ("k <= q", "", 0.0, False, 0.0),
+    "window": ("(k <= q) & (q - k < 128)", "", 0.0, True, 0.0),
+    "documents": (DOCUMENTS, "", 0.0, False, 0.0),
+    "padding": (PADDING, "", 0.0, False, 0.0),
+    "tensor bias": ("", TENSOR, 0.0, False, 0.0),
+    "slopes": ("k <= q", SLOPES, 0.0, False, 0.0),
+    "relative": ("", RELATIVE, 0.0, False, 0.0),
+    "softcap": ("(k <= q) & (q - k < 128)", "", 50.0, False, 0.0),
+    "dropout": ("k <= q", "", 0.0, False, 0.1),
+    "tensor mask": ("t0[b, 0, q, k]", "", 0.0, False, 0.0),
+    "all": ("(k <= q) & (t0[b, q] == t0[b, k])", "t1[b, h, q, k]", 50.0, True, 0.1),
 }
+B, H, G, S, T = 2, 8, 2, 1000, 1100
 
 
-def flash(target, dtype, name, d, biased, causal=True):
-    """Attention's kernels, causal by default: these hold the others' loop and one more."""
-    amd = target.startswith("gfx")
-    config = _flash.choose(name, d, TYPES[dtype].itemsize, biased, CHIPS[target])
-    constants = {
-        "D": d,
-        "E": d,
-        "CAUSAL": causal,
-        "PRECISION": "ieee" if amd or dtype != "fp32" else "tf32x3",
-        "DOT": getattr(tl, str(TYPES[dtype]).removeprefix("torch.")),
-        "BLOCK_M": config.m,
-        "BLOCK_N": config.n,
-        "BLOCK_D": max(16, 1 << (d - 1).bit_length()),
-        "BLOCK_E": max(16, 1 << (d - 1).bit_length()),
-    }
-    if not biased:
-        constants["bias_ptr"] = None
-    if name == "bias":
-        constants |= {"ROWS": True, "COLS": True}
-    check(KERNELS[name], target, dtype, constants, config, may_spill=dtype == "fp32")
+def tables_of(features):
+    """Tensors of the shapes that a feature set reads, of no content."""
+    make = lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    documents, full = make((B, T), torch.int64), make((B, H, S, T), torch.bfloat16)
+    return {
+        "documents": [documents],
+        "padding": [make((B, T), torch.bool)],
+        "tensor bias": [make((1, H, S, T), torch.bfloat16)],
+        "slopes": [make((H,), torch.float32)],
+        "relative": [make((H, S + T - 1), torch.float32)],
+        "tensor mask": [make((B, 1, S, T), torch.bool)],
+        "all": [documents, full],
+    }.get(features, [])
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("target", TARGETS)
-def test_flash(target, d, name):
-    flash(target, "bf16", name, d, biased=name == "bias")
+@pytest.fixture
+def launches(monkeypatch, tmp_path):
+    """The launches of an attention on a target: [(kernel, arguments)], none of them run."""
+
+    def record(target, dtype, d, features, wanted=False):
+        made = []
+        patch = monkeypatch
+        patch.setattr(JITFunction, "run", lambda fn, *a, grid, warmup, **kw: made.append((fn, a, kw)))
+        patch.setattr(_flash, "on_gpu", lambda x: True)
+        patch.setattr(_flash_blocks, "chip", lambda device: CHIPS[target])
+        patch.setattr(torch.version, "hip", "6" if target.startswith("gfx") else None)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        q, k, v = (torch.empty(B, s, n, d, dtype=dtype, device="meta").transpose(1, 2)
+                   for s, n in ((S, H), (T, G), (T, G)))  # fmt: skip
+        mask, bias, softcap, sink, dropout = FEATURES[features]
+        tables = tables_of(features)
+        sinks = torch.empty(H, device="meta") if sink else None
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        rest = (0.125, softcap, sinks, dropout, seed)
+        out, lse = _flash.launch_forward(q, k, v, tables, mask, bias, *rest, save=True)
+        asked = tuple(wanted and t.is_floating_point() for t in tables)
+        _flash.launch_backward(out, q, k, v, tables, mask, bias, out, lse, *rest, (*asked, sink))
+        patch.undo()
+        return made
+
+    return record
+
+
+def compile_launch(target, fn, args, options):
+    """What a launch compiles, specialised by its arguments as a launch is."""
+    backend = make_backend(TARGETS[target][0])
+    binder = create_function_from_signature(fn.signature, fn.params, backend)
+    bound, specialization, options = binder(*args, debug=False, **options)
+    packed = fn._pack_args(backend, options, bound, specialization, options)
+    options, signature, constants, attributes = packed
+    source = ASTSource(fn, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[target][0], options=options.__dict__)
+
+
+def check_flash(launches, target, dtype, d, features, wanted=False, may_spill=False):
+    for fn, args, options in launches(target, dtype, d, features, wanted):
+        made = compile_launch(target, fn, args, options)
+        assert made.metadata.shared <= TARGETS[target][1], fn.__name__
+        if not may_spill:
+            assert spills(made) == 0, fn.__name__
+
+
+@pytest.mark.parametrize("features", ["causal", "all"])
+def test_flash(features, launches):
+    check_flash(launches, "sm_90", torch.bfloat16, 64, features)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("d", [16, 32, 48, 64, 80, 128, 256])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("target", TARGETS)
-def test_flash_in_full(target, dtype, d, name, biased, causal):
-    if name == "bias" and not biased:
-        pytest.skip("no bias, no gradient of it")
-    flash(target, dtype, name, d, biased, causal)
+def test_flash_in_full(target, d, features, launches):
+    check_flash(launches, target, torch.bfloat16, d, features, wanted=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("d", [16, 80])
+@pytest.mark.parametrize("target", TARGETS)
+def test_flash_of_other_head_sizes(target, d, launches):
+    check_flash(launches, target, torch.float16, d, "causal")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.parametrize("target", TARGETS)
-def test_flash_in_fp32(target, d, name):
-    flash(target, "fp32", name, d, biased=True)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_delta(target):
-    made = compiled(
-        _flash.delta_kernel, TARGETS[target][0], "bf16", {"E": 128, "BLOCK_M": 32, "BLOCK_E": 128}, 4
-    )
-    assert spills(made) == 0
+def test_flash_in_fp32(target, d, launches):
+    check_flash(launches, target, torch.float32, d, "all", may_spill=d > 64)

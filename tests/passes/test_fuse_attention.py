@@ -60,14 +60,14 @@ def test_the_written_out_core_becomes_one_kernel():
         "aten.permute", "aten.matmul", "aten.mul.Tensor", "aten.softmax.int", "aten.matmul"
     ]  # fmt: skip
     assert "fxaccel.attention(" in after[-1]
-    assert after[-1].endswith("None, False, 0.25)")
+    assert after[-1].endswith("[], '', '', 0.25)")
     assert not any("softmax" in line for line in after)
 
 
 def test_scaled_dot_product_attention_becomes_the_kernel_with_its_scale_written_out():
     fast = accelerated(sdpa(), Q, K, V)
     (line,) = texts(fast)[1]
-    assert f"fxaccel.attention(%args, %arg1, %arg2, None, False, {1 / math.sqrt(8)})" in line
+    assert f"fxaccel.attention(%args, %arg1, %arg2, [], '', '', {1 / math.sqrt(8)})" in line
 
 
 FIRES = {
@@ -75,6 +75,8 @@ FIRES = {
     "a boolean mask": (sdpa(), (Q, K, V, MASK)),
     "a float mask": (sdpa(), (Q, K, V, torch.randn(5, 7))),
     "a mask a head": (sdpa(), (Q, K, V, torch.randn(1, 4, 5, 7))),
+    "a mask a key": (sdpa(), (Q, K, V, MASK[:1])),
+    "a float mask a batch": (sdpa(), (Q, K, V, torch.randn(2, 1, 1, 7))),
     "a scale": (sdpa(scale=0.1), (Q, K, V)),
     "grouped heads": (sdpa(enable_gqa=True), (Q, GROUPED, GROUPED)),
     "written, unscaled": (written(None), (Q, K, V)),

@@ -1,0 +1,445 @@
+"""Attention on the CPU, forward and backward: PyTorch's flash kernel over blocks of queries, or written out.
+
+Shapes     q: [B, H, S, D]; k: [B, G, T, D]; v: [B, G, T, E]; out, dout: [B, H, S, E]; lse: [B, H, S] in fp32
+           (fp64 for fp64), to the base e, +inf for a row that keeps no key.
+Numerics   softmax in fp32 (fp64 for fp64), and so the products of a written-out block; dk, dv and the tables'
+           gradients are added up in that dtype and rounded once.
+Cost       one call of the flash kernel where the mask is causal, or where mask and bias are no tensor of size
+           S * T, or the bias is one as it lies. Otherwise blocks of BLOCK queries, each with the keys it
+           reaches, to blocks of KEYS; mask and bias exist for one block at a time, within ELEMENTS (or
+           for 16 queries). Written out, a block at a time: softcap, dropout, the backward of a table.
+Limits     dropout draws a block's mask from the call's seed and the block's number: forward and backward take
+           the same blocks, which follow from sizes and mask alone.
+Source     PyTorch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, whose traps are these: it scales after
+           it masks, assumes unit last strides and equal head sizes, and divides by a size of 0.
+"""
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxaccel.kernels import _score, _score_blocks
+
+BLOCK, KEYS = 128, 64
+ELEMENTS = 1 << 20  # of a block's scores or mask: 4 MiB in fp32
+WIDEN = 256 * 256  # scores a head, up to which a low precision is faster in fp32
+
+aten = torch.ops.aten
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call, and what follows from them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: Sequence[Tensor]
+    mask: str
+    bias: str
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+    dropout: float
+    seed: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, H, S, T."""
+        return *self.q.shape[:3], self.k.shape[2]  # type: ignore[return-value]
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def empty(self) -> bool:
+        return not (self.q.numel() and self.k.numel() and self.v.numel())
+
+    def added(self, mask: str, dtype: torch.dtype, **ranges: range) -> Tensor | None:
+        """Mask and bias as one tensor to add, of 4 dimensions."""
+        total = None
+        if self.bias:
+            total = _score.evaluate(self.bias, self.tables, *self.sizes, dtype=dtype, **ranges).to(dtype)
+        if mask:
+            keep = _score.evaluate(mask, self.tables, *self.sizes, dtype=dtype, **ranges)
+            zero, least = torch.zeros((), dtype=dtype), torch.full((), -torch.inf, dtype=dtype)
+            total = torch.where(keep, zero if total is None else total, least)
+        return total
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout: float,
+    seed: Tensor,
+    save: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """out, and lse to the base e, +inf for rows that keep no key."""
+    call = _Call(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed)
+    b, h, s, _ = q.shape
+    if call.empty:
+        out = q.new_zeros(b, s, h, v.shape[3]).transpose(1, 2)
+        return out, q.new_full((b, h, s), torch.inf, dtype=call.wide)
+    if softcap or dropout:
+        return _written_forward(call)
+    if _widens(call):
+        wide = replace(call, q=q.float(), k=k.float(), v=v.float())
+        out, lse = _flash_forward(wide)
+        return out.to(q.dtype), lse
+    return _flash_forward(call)
+
+
+def launch_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout: float,
+    seed: Tensor,
+    wanted: Sequence[bool],
+) -> Grads:
+    """dq, dk, dv, dsinks, the tables' gradients, where wanted: a bool for each table, then the sinks'."""
+    call = _Call(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed)
+    dsinks = None
+    if wanted[-1] and sinks is not None:
+        delta = (dout.to(call.wide) * out).sum(-1)
+        dsinks = -((sinks.to(call.wide)[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+    if call.empty:
+        grads = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return (
+            *grads,
+            dsinks,
+            [torch.zeros_like(t) if w else None for t, w in zip(tables, wanted, strict=False)],
+        )  # type: ignore
+    if softcap or dropout or any(wanted[:-1]):
+        *grads, dtables = _written_backward(call, dout, out, lse, wanted[:-1])
+        return *grads, dsinks, dtables  # type: ignore
+    if _widens(call):
+        wide = replace(call, q=q.float(), k=k.float(), v=v.float())
+        grads = (g.to(q.dtype) for g in _flash_backward(wide, dout.float(), out.float(), lse))
+    else:
+        grads = _flash_backward(call, dout, out, lse)
+    return *grads, dsinks, [None] * len(tables)  # type: ignore
+
+
+def _widens(call: _Call) -> bool:
+    _, _, s, t = call.sizes
+    return call.q.dtype in (torch.bfloat16, torch.float16) and s * t <= WIDEN
+
+
+# PyTorch's kernel
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One call of PyTorch's kernel: these queries, these keys, and what is added to their scores."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+    added: Tensor | None
+
+
+def _parts(call: _Call) -> Iterator[_Part]:
+    """The whole, or blocks of queries; queries that reach no key are left out."""
+    band = _score.band(call.mask)
+    causal = band.low is None and band.high == "0"
+    rest = band.rest if causal else call.mask
+    s, t = call.sizes[2:]
+    view = None if rest else _view_dtype(call)
+    if view is not None or "q" not in _score.names(rest) | _score.names(call.bias):
+        yield _Part(slice(0, s), slice(0, t), causal, _unit(call.added(rest, view or call.wide)))
+        return
+    step = _rows(call, _score.names(call.mask) | _score.names(call.bias))
+    for i, reach in enumerate(_score_blocks.reach(call.mask, call.tables, call.sizes, step, KEYS)):
+        queries = range(i * step, min(s, (i + 1) * step))
+        keys = range(reach.first, reach.stop)
+        if keys:
+            mask = "" if reach.whole else call.mask
+            added = _unit(call.added(mask, call.wide, q=queries, k=keys))
+            yield _Part(slice(queries.start, queries.stop), slice(keys.start, keys.stop), False, added)
+
+
+def _view_dtype(call: _Call) -> torch.dtype | None:
+    """The bias' dtype, where it is entries of a table as they lie, and the kernel takes that dtype."""
+    match _score.parse(call.bias) if call.bias else None:
+        case ast.Subscript(value=ast.Name(id=name)) as read:
+            dtype = call.tables[_score.TABLES.index(name)].dtype
+            plain = all(isinstance(i, (ast.Name, ast.Constant)) for i in _score.subscripts(read))
+            return dtype if plain and dtype in (call.q.dtype, call.wide) else None
+    return None
+
+
+def _unit(added: Tensor | None) -> Tensor | None:
+    """With a unit last stride, or 0: PyTorch's kernel knows no other."""
+    return added if added is None or added.stride(3) in (0, 1) else added.contiguous()
+
+
+def _rows(call: _Call, names: frozenset[str]) -> int:
+    """Queries a block: BLOCK, or fewer where the mask or the bias of a block would be large."""
+    b, h, _, t = call.sizes
+    lead = (b if "b" in names else 1) * (h if "h" in names else 1)
+    return max(16, min(BLOCK, ELEMENTS // (lead * t)))
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q and scale with scale > 0, and the factor taken into q."""
+    if scale > 0:
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale else (torch.zeros_like(q), 1.0, 0.0)
+
+
+def _fitted(*given: Tensor) -> list[Tensor]:
+    """All of one head size and with unit last stride."""
+    width = max(x.shape[3] for x in given)
+    padded = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in given)
+    return [x if x.stride(3) == 1 else x.contiguous() for x in padded]
+
+
+def _flash_forward(call: _Call) -> tuple[Tensor, Tensor]:
+    (b, h, s, _), e = call.q.shape, call.v.shape[3]
+    q, scale, _ = _positive(call.q, call.scale)
+    q, k, v = _fitted(q, call.k, call.v)
+    out, lse = None, None
+    for part in _parts(call):
+        some, sums = aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, part.queries], k[:, :, part.keys], v[:, :, part.keys], 0.0, part.causal,
+            attn_mask=part.added, scale=scale,
+        )  # fmt: skip
+        if some.shape[2] == s:
+            out, lse = _joined(some[..., :e]), sums.contiguous()
+            break
+        if out is None or lse is None:
+            out = q.new_zeros(b, s, h, e).transpose(1, 2)
+            lse = sums.new_full((b, h, s), -torch.inf)
+        out[:, :, part.queries], lse[:, :, part.queries] = some[..., :e], sums
+    if out is None or lse is None:
+        return q.new_zeros(b, s, h, e).transpose(1, 2), q.new_full((b, h, s), torch.inf, dtype=call.wide)
+    none = _empty_rows(call, out)
+    if call.sinks is not None:
+        total = torch.logaddexp(lse, call.sinks.to(call.wide)[:, None])
+        out.mul_((lse - total).exp_().masked_fill_(none, 0.0).unsqueeze(-1))
+        lse = total
+    return out, lse.masked_fill_(none, torch.inf)
+
+
+def _empty_rows(call: _Call, out: Tensor) -> Tensor:
+    """Which rows keep no key: by the mask, where out is 0. The kernel's lse is 0 there, as others' may be."""
+    none = ~out.any(-1)
+    if not none.any():
+        return none
+    s = out.shape[2]
+    step = _rows(call, _score.names(call.mask) | _score.names(call.bias))
+    for start in range(0, s, step):
+        some = none[:, :, start : start + step]
+        if some.any():
+            added = call.added(call.mask, call.wide, q=range(start, min(s, start + step)))
+            some &= False if added is None else (added == -torch.inf).all(-1)
+    return none
+
+
+def _joined(out: Tensor) -> Tensor:
+    """[B, H, S, E] stored as [B, S, H, E], copied only if it is not."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flash_backward(call: _Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d, e = call.q.shape[3], call.v.shape[3]
+    q, scale, factor = _positive(call.q, call.scale)
+    q, k, v, dout, out = _fitted(q, call.k, call.v, dout, out)
+    sums: list[Tensor] = []
+    for part in _parts(call):
+        rows, keys = part.queries, part.keys
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse[:, :, rows],
+            0.0, part.causal, attn_mask=part.added, scale=scale,
+        )  # fmt: skip
+        if grads[0].shape[2] == q.shape[2] and grads[1].shape[2] == k.shape[2]:
+            sums = list(grads)
+            break
+        sums = sums or [
+            torch.zeros(q.shape, dtype=q.dtype),
+            *(torch.zeros(x.shape, dtype=call.wide) for x in (k, v)),
+        ]
+        sums[0][:, :, rows] = grads[0]
+        sums[1][:, :, keys] += grads[1]
+        sums[2][:, :, keys] += grads[2]
+    dq, dk, dv = sums or (torch.zeros(x.shape, dtype=q.dtype) for x in (q, k, v))
+    if factor != 1.0:
+        dq = dq * factor
+    return tuple(x[..., :w].to(q.dtype).contiguous() for x, w in ((dq, d), (dk, d), (dv, e)))  # type: ignore
+
+
+# written out
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some batches, some key heads with their query heads, some queries, and the keys these reach."""
+
+    number: int
+    b: range
+    g: range
+    h: range
+    q: range
+    k: range
+    mask: str
+
+    @property
+    def rows(self) -> tuple[slice, ...]:
+        return tuple(slice(x.start, x.stop) for x in (self.b, self.h, self.q))
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        return tuple(slice(x.start, x.stop) for x in (self.b, self.g, self.k))
+
+
+def _tiles(call: _Call) -> Iterator[_Tile]:
+    """Tiles within ELEMENTS, or of 16 queries of the heads that share a key head."""
+    (b, h, s, t), g = call.sizes, call.k.shape[1]
+    n = h // g
+    step = max(16, min(s, BLOCK, ELEMENTS // (n * t)))
+    reaches = _score_blocks.reach(call.mask, call.tables, call.sizes, step, KEYS)
+    heads = max(1, min(g, ELEMENTS // (n * step * t)))
+    batches = max(1, min(b, ELEMENTS // (h * step * t))) if heads == g else 1
+    number = 0
+    for b0 in range(0, b, batches):
+        for g0 in range(0, g, heads):
+            g1 = min(g, g0 + heads)
+            for i, reach in enumerate(reaches):
+                number += 1
+                if reach.stop > reach.first:
+                    yield _Tile(
+                        number, range(b0, min(b, b0 + batches)), range(g0, g1), range(g0 * n, g1 * n),
+                        range(i * step, min(s, (i + 1) * step)), range(reach.first, reach.stop),
+                        "" if reach.whole else call.mask,
+                    )  # fmt: skip
+
+
+def _grouped(x: Tensor, g: int) -> Tensor:
+    """[b, h, q, x] as [b, g, (h // g) * q, x]: the queries that read one key head, one under another."""
+    b, h, q, w = x.shape
+    return x.reshape(b, g, h // g * q, w)
+
+
+def _scores(call: _Call, tile: _Tile) -> tuple[Tensor, Tensor | None]:
+    """Scores [b, h, q, k], masked, and with a softcap what they were before mask and bias, over the cap."""
+    q, k = call.q[tile.rows].to(call.wide), call.k[tile.keys].to(call.wide)
+    s = (_grouped(q, len(tile.g)) @ k.mT).mul_(call.scale).view(*q.shape[:3], len(tile.k))
+    capped = None
+    if call.softcap:
+        capped = s.div_(call.softcap).tanh_()
+        s = capped * call.softcap
+    added = call.added(tile.mask, call.wide, b=tile.b, h=tile.h, q=tile.q, k=tile.k)
+    return s if added is None else s.add_(added), capped
+
+
+def _kept(call: _Call, tile: _Tile, p: Tensor) -> Tensor:
+    """The weights that dropout keeps, a bool each: the same ones whenever it is asked."""
+    generator = torch.Generator()
+    generator.manual_seed((int(call.seed) + tile.number * 0x9E3779B97F4A7C15) % 2**63)
+    return torch.empty(p.shape, dtype=torch.bool).bernoulli_(1 - call.dropout, generator=generator)
+
+
+def _written_forward(call: _Call) -> tuple[Tensor, Tensor]:
+    (b, h, s, _), e = call.q.shape, call.v.shape[3]
+    out = call.q.new_zeros(b, s, h, e).transpose(1, 2)
+    lse = call.q.new_full((b, h, s), torch.inf, dtype=call.wide)
+    for tile in _tiles(call):
+        scores, _ = _scores(call, tile)
+        sums = scores.logsumexp(-1)
+        none = sums == -torch.inf
+        if call.sinks is not None:
+            sums = torch.logaddexp(sums, call.sinks[tile.rows[1]].to(call.wide)[:, None])
+        lse[tile.rows] = sums.masked_fill_(none, torch.inf)  # and not -inf, from which -inf is no number
+        p = scores.sub_(sums.unsqueeze(-1)).exp_()
+        if call.dropout:
+            p.mul_(_kept(call, tile, p)).div_(1 - call.dropout)
+        v = call.v[tile.keys].to(call.wide)
+        out[tile.rows] = (_grouped(p, len(tile.g)) @ v).view(*p.shape[:3], e).to(out.dtype)
+    return out, lse
+
+
+def _written_backward(
+    call: _Call, dout: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    q, k, v = call.q, call.k, call.v
+    dq, dk, dv = (torch.zeros(x.shape, dtype=call.wide) for x in (q, k, v))
+    dtables = [
+        torch.zeros(t.shape, dtype=call.wide) if w else None for t, w in zip(call.tables, wanted, strict=True)
+    ]
+    for tile in _tiles(call):
+        g = len(tile.g)
+        part = dout[tile.rows].to(call.wide)
+        delta = (part * out[tile.rows]).sum(-1, keepdim=True)
+        scores, capped = _scores(call, tile)
+        p = scores.sub_(lse[tile.rows].unsqueeze(-1)).exp_()
+        dp = (_grouped(part, g) @ v[tile.keys].to(call.wide).mT).view(p.shape)
+        weights = p
+        if call.dropout:
+            kept = _kept(call, tile, p)
+            weights = (p * kept).div_(1 - call.dropout)
+            dp.mul_(kept).div_(1 - call.dropout)
+        dv[tile.keys] += _grouped(weights, g).mT @ _grouped(part, g)
+        ds = dp.sub_(delta).mul_(p)
+        for number, dtable in enumerate(dtables):
+            if dtable is not None:
+                for form in _score.gradient_forms(call.bias, number):
+                    _accumulate(dtable, form, ds, tile, q.shape[2])
+        if capped is not None:
+            ds.mul_(capped.square_().neg_().add_(1))
+        ds = _grouped(ds.mul_(call.scale), g)
+        dq[tile.rows] = (ds @ k[tile.keys].to(call.wide)).view(dq[tile.rows].shape)
+        dk[tile.keys] += ds.mT @ _grouped(q[tile.rows].to(call.wide), g)
+    low = (x.to(q.dtype) for x in (dq, dk, dv))
+    rounded = [d if d is None else d.to(t.dtype) for d, t in zip(dtables, call.tables, strict=True)]
+    return *low, rounded  # type: ignore
+
+
+def _accumulate(dtable: Tensor, form: tuple[str, ...], ds: Tensor, tile: _Tile, S: int) -> None:
+    """Add dS [b, h, q, k], summed over what the table is not read by, to the table's gradient."""
+    axes = [x for x in form if x != "0"]
+    kept = {"q", "k"} | {*axes} if "relative" in axes else {*axes}
+    over = [i for i, name in enumerate(_score.INDICES) if name not in kept]
+    names = [name for name in _score.INDICES if name in kept]
+    x = ds.sum(over) if over else ds
+    ranges = {"b": tile.b, "h": tile.h, "q": tile.q, "k": tile.k}
+    if "relative" in axes:
+        x = _diagonals(x)
+        names = [*names[:-2], "relative"]
+        start = tile.k.start - (tile.q.stop - 1) + S - 1
+        ranges["relative"] = range(start, start + x.shape[-1])
+    x = x.permute([names.index(name) for name in axes])
+    at = tuple(0 if n == "0" else slice(ranges[n].start, ranges[n].stop) for n in form)
+    dtable[at] += x
+
+
+def _diagonals(x: Tensor) -> Tensor:
+    """[..., q, k] to the sums over equal k - q, least first: [..., q + k - 1]."""
+    *lead, m, n = x.shape
+    rows = F.pad(x.flip(-2), (0, m)).flatten(-2)[
+        ..., : m * (m + n - 1)
+    ]  # each row one to the right of the last
+    return rows.reshape(*lead, m, m + n - 1).sum(-2)
