@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxaccel import weights
 from fxaccel.errors import OptionError
 from fxaccel.report import Report
 from fxaccel.rule import NUMERICS, Pass
@@ -161,10 +162,10 @@ class AcceleratedModule(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         result = super().state_dict(*args, **kwargs)
-        return self.__dict__[_KEY].to_original(result, prefix)
+        return weights.to_original(result, prefix, self.__dict__[_KEY].replacements)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.__dict__[_KEY].from_original(state_dict, prefix)
+        weights.from_original(state_dict, prefix, self.__dict__[_KEY].replacements)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratedModule:

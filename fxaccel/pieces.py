@@ -5,8 +5,11 @@ Used where export fails, for a branch on a value, say. The Python between the pi
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ from fxaccel.check import compare_runs
 from fxaccel.errors import CaptureError
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.structure import objects
-from fxaccel.tree import without_root_hooks
+from fxaccel.tree import clone_tree, without_root_hooks
 
 if TYPE_CHECKING:
     from fxaccel.capture import Call
@@ -32,6 +35,38 @@ _ISOLATED: dict[str, Any] = (
 )
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Dynamo says of graph breaks, which are in the report; the model's own words are heard."""
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+        if level in (logging.NOTSET, logging.WARNING):  # else someone has asked for more, or for less
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@dataclass
+class _Piece:
+    """One graph of several: captured at its first call, or run as Dynamo made it where that fails."""
+
+    graph: fx.GraphModule
+    fast: Any
+    left: str = ""
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.left:
+            try:
+                return self.fast(*args)
+            except CaptureError as error:  # raised before anything is run
+                self.left = error.message
+        return self.graph(*args)
+
+
 @dataclass
 class Pieces:
     """A capture in several graphs; it stands where a Capture does, and is called with the arguments."""
@@ -39,23 +74,29 @@ class Pieces:
     settings: Settings
     why: CaptureError
     mode: str
-    pieces: list[Any] = field(default_factory=list)
+    pieces: list[_Piece] = field(default_factory=list)
     check: str = ""
 
     def bind(self, module: Any, index: int = 0, backend: str = "python") -> None:
         """Compile the tree of `module` piece by piece; a piece is captured when it is first run."""
         self.pieces = []
-        self.run = self.compiled(without_root_hooks(module._bare()), self.pieces)
+        compiled = self.compiled(without_root_hooks(module._bare()), self.pieces)
 
-    def compiled(self, tree: nn.Module, pieces: list[Any]) -> Callable[..., Any]:
+        def first(*args: Any, **kwargs: Any) -> Any:
+            self.run = compiled
+            with _quiet():
+                return compiled(*args, **kwargs)
+
+        self.run = first
+
+    def compiled(self, tree: nn.Module, pieces: list[_Piece]) -> Callable[..., Any]:
         from fxaccel.module import wrap
 
         settings = replace(self.settings, requested=(), expect=(), strict=False)
 
         def backend(graph: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
-            piece = wrap(graph, settings)
-            pieces.append(piece)
-            return piece
+            pieces.append(_Piece(graph, wrap(clone_tree(graph), settings)))
+            return pieces[-1]
 
         return torch.compile(tree, backend=backend, dynamic=False, **_ISOLATED)
 
@@ -75,7 +116,8 @@ class Pieces:
             given = objects((args, kwargs))
             return self.compiled(tree, [])(*args, **kwargs), [dict(vars(g)) for g in given]
 
-        verdict = compare_runs(emitted, original, module, example, None)
+        with _quiet():
+            verdict = compare_runs(emitted, original, module, example, None)
         if not verdict.ok:
             raise CaptureError(f"{self.why.message}; in pieces, {verdict.why}", self.why.hint) from self.why
         self.check = str(verdict)
@@ -83,14 +125,15 @@ class Pieces:
     @property
     def report(self) -> CaptureReport:
         """The reports of all pieces as one."""
-        reports = [c for p in self.pieces for c in p.report().captures]
+        reports = [c for p in self.pieces for c in p.fast.report().captures]
         merged = Report(reports)
         passes: list[PassReport] = [merged[name] for name in merged]
         notes = [f"captured in {len(self.pieces)} pieces, sizes fixed: {self.why.message}"]
+        notes += dict.fromkeys(f"a piece is left as it was: {p.left}" for p in self.pieces if p.left)
         notes += dict.fromkeys(n for r in reports for n in r.notes)
         return CaptureReport(self.mode, passes, notes, self.check)
 
     @property
     def source(self) -> str:
         """The generated code of all pieces."""
-        return "\n\n".join(p.code for p in self.pieces)
+        return "\n\n".join(p.fast.code for p in self.pieces)

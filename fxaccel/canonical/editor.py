@@ -156,7 +156,7 @@ class Editor:
             return None
         if node.op == "placeholder":
             slot = self.program.state.get(node.name)
-            if slot is not None and slot.kind == "constant":
+            if slot is not None and slot.kind == "constant" and slot.name.startswith(_LIFTED):
                 value = self.program.constants[slot.name]
         elif node.target in _CONSTANT_OPS and node.meta["val"].device.type == "cpu":
             known = {n: self._constant(n, depth - 1) for n in node.all_input_nodes}
@@ -351,6 +351,7 @@ def _is_elementwise(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
+_LIFTED = "lifted_tensor"  # export's name of a tensor that the forward made; others are the user's to change
 _CONSTANT_OPS = {
     aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default, aten.sqrt.default,
     aten.rsqrt.default, aten.reciprocal.default, aten.neg.default, aten.log.default, aten.exp.default,

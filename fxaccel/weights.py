@@ -1,0 +1,101 @@
+"""Parameters that passes put in the place of others: in the module's tables, and in its `state_dict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxaccel.errors import CaptureError
+from fxaccel.ir import Program, Replacement
+from fxaccel.tree import clone_tree
+
+
+@dataclass(frozen=True)
+class Before:
+    """What `give_back` needs: the parameters of each module, and how many replacements there were."""
+
+    parameters: dict[str, dict[str, Any]]
+    replacements: int
+
+
+def adopt(module: nn.Module, program: Program, replacements: list[Replacement]) -> Before:
+    """Give the module the parameters that the passes put in the place of others."""
+    tables = {n: dict(m._parameters) for n, m in module.named_modules()} if program.replacements else {}
+    before = Before(tables, len(replacements))
+    known = {(r.by, r.old, r.new) for r in replacements}
+    for one in program.replacements:
+        if (one.by, one.old, one.new) in known:
+            continue
+        with torch.no_grad():
+            made = one.forward(*(module.get_parameter(n) for n in one.old))
+        trains = any(module.get_parameter(n).requires_grad for n in one.old)
+        for name in one.old:
+            owner, key = _owner(module, name)
+            del owner._parameters[key]
+        for name, tensor in zip(one.new, made, strict=True):
+            owner, key = _owner(module, name)
+            floating = tensor.dtype.is_floating_point
+            owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
+        replacements.append(one)
+    return before
+
+
+def give_back(module: nn.Module, before: Before, replacements: list[Replacement]) -> None:
+    """Undo `adopt`."""
+    for name, table in before.parameters.items():
+        owner = module.get_submodule(name)
+        owner._parameters.clear()
+        owner._parameters.update(table)
+    del replacements[before.replacements :]
+
+
+def restored(bare: nn.Module, replacements: list[Replacement]) -> nn.Module:
+    """A tree of the original class with the original parameters."""
+    tree = clone_tree(bare)
+    for one in reversed(replacements):
+        if one.inverse is None:
+            raise CaptureError(
+                f"pass {one.by!r} replaced {', '.join(one.old)} and cannot give them back, so no other "
+                "mode or shape can be captured",
+                "capture every mode you need before training, or accelerate the original again",
+            )
+        new = [tree.get_parameter(n) for n in one.new]
+        with torch.no_grad():
+            old = one.inverse(*new)
+        for name in one.new:
+            owner, key = _owner(tree, name)
+            del owner._parameters[key]
+        for name, tensor in zip(one.old, old, strict=True):
+            owner, key = _owner(tree, name)
+            owner._parameters[key] = nn.Parameter(tensor, requires_grad=new[0].requires_grad)
+    return tree
+
+
+def to_original(state: Any, prefix: str, replacements: list[Replacement]) -> Any:
+    """A state_dict in the names and values of the original."""
+    for one in reversed(replacements):
+        new = [state[prefix + n] for n in one.new]
+        if one.inverse is None:
+            continue
+        for name in one.new:
+            del state[prefix + name]
+        with torch.no_grad():
+            state.update(zip((prefix + n for n in one.old), one.inverse(*new), strict=True))
+    return state
+
+
+def from_original(state: Any, prefix: str, replacements: list[Replacement]) -> None:
+    """Turn a state_dict of the original, in place, into one of the module."""
+    for one in replacements:
+        if all(prefix + n in state for n in one.old):
+            old = [state.pop(prefix + n) for n in one.old]
+            with torch.no_grad():
+                state.update(zip((prefix + n for n in one.new), one.forward(*old), strict=True))
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key
