@@ -1,0 +1,535 @@
+"""Ways in which rewriting passes break models without a word, where no other file of tests has them."""
+
+import contextlib
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import fxaccel
+from fxaccel.evaluate import run_nodes
+from fxaccel.ir import Replacement, is_call, number
+from tests.test_capture import Function, agree, captures, in_pieces, notes
+from tests.test_five_kinds import QKV, MergeLinears, saved_bytes
+
+F = nn.functional
+aten = torch.ops.aten
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, attention written out: both default passes fire."""
+
+    def __init__(self, width=8, heads=2, p=0.0):
+        super().__init__()
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.first, self.second = nn.RMSNorm(width, eps=1e-6), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x):
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.first(x)).chunk(3, -1)
+        )
+        a = (q @ k.mT * self.scale).softmax(-1) @ v
+        x = x + self.drop(self.out(a.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.down(F.gelu(self.up(self.second(x)))))
+
+
+def programs(fast):
+    return [c.program for c in fast.__dict__["_fxaccel"].all]
+
+
+def fired(fast):
+    return {p.name for c in fast.report().captures for p in c.passes if p.applied}
+
+
+def differentiated(model, x):
+    """Output, and the gradients of the input and of every parameter."""
+    x = x.detach().requires_grad_()
+    out = model(x)
+    wanted = [x, *model.parameters()]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), wanted)]
+
+
+def rule(name, pattern, rewrite):
+    """A rule that rewrites a site once."""
+
+    def refuse(self, m):
+        if m.root.meta.get("by") == name:
+            yield "it is done"
+
+    return type("TheRule", (fxaccel.Rule,), {
+        "name": name, "__doc__": "One.", "pattern": pattern, "rewrite": rewrite, "refuse": refuse,
+    })  # fmt: skip
+
+
+# -- views, writes, random numbers -----------------------------------------------------------------
+
+
+def test_a_norm_beside_writes_keeps_its_values():
+    def function(self, x, r):
+        h = x + r
+        y = self.norm(h)
+        h[:, :4].mul_(2)
+        return y, self.norm(h), h
+
+    model = Function(function, norm=nn.RMSNorm(8, eps=1e-6))
+    agree(model, fxaccel.accelerate(model), torch.randn(2, 8), torch.randn(2, 8))
+
+
+@pytest.mark.xfail(strict=True, reason="what outputs share storage with is compared by nobody")
+@pytest.mark.parametrize("copied", [True, False], ids=["a copy becomes the input", "a view becomes a copy"])
+def test_an_output_shares_storage_with_an_input_only_where_it_did(copied):
+    if copied:
+        model = Function(lambda self, x: x.clone())
+        one = rule("alias", lambda self, op, x: op.aten.clone.default(x), lambda self, op, m: m.x)
+    else:
+        model = Function(lambda self, x: x.t())
+        one = rule(
+            "alias",
+            lambda self, op, x: op.aten.permute.default(x, [1, 0]),
+            lambda self, op, m: op.aten.clone.default(op.aten.permute.default(m.x, [1, 0])),
+        )
+    x = torch.randn(3, 4)
+    fast = fxaccel.accelerate(model, passes=[one], example_inputs=(x,))
+    shared = [m(x).data_ptr() == x.data_ptr() for m in (model, fast)]
+    assert shared[0] == shared[1]
+
+
+def test_a_rewrite_that_draws_random_numbers_does_not_shift_the_masks_of_others():
+    def rewrite(self, op, m):
+        nothing = op.aten.mul.Tensor(op.aten.rand_like.default(m.x), 0.0)
+        return op.aten.add.Tensor(op.aten.tanh.default(m.x), nothing)
+
+    noisy = rule("noisy", lambda self, op, x: op.aten.tanh.default(x), rewrite)
+    model = Function(lambda self, x: F.dropout(x.tanh(), 0.5))
+    with pytest.warns(UserWarning, match="applied nowhere"):
+        agree(model, fxaccel.accelerate(model, passes=[noisy]), torch.randn(30, 4))
+
+
+def test_training_with_dropout_draws_the_masks_of_the_model():
+    model, x = Block(p=0.3).train(), torch.randn(3, 5, 8)
+    fast, results = fxaccel.accelerate(model, example_inputs=(x,)), []
+    for m in (model, fast):
+        torch.manual_seed(4)
+        results.append(differentiated(m, x))
+    torch.testing.assert_close(*results)
+    assert fired(fast) == {"fuse-attention", "fuse-norm"}
+
+
+# -- shared and replaced parameters ----------------------------------------------------------------
+
+
+class TiedMerge(MergeLinears):
+    """Merges what it finds, tied or not."""
+
+    def covers(self, node):
+        return True
+
+
+def test_tied_parameters_are_not_replaced_one_by_one():
+    model = Function(
+        lambda self, x, ids: self.a(x) + self.b(x) + self.e(ids),
+        e=nn.Embedding(8, 8), a=nn.Linear(8, 8, bias=False), b=nn.Linear(8, 8, bias=False),
+    )  # fmt: skip
+    model.b.weight = model.e.weight
+    x, ids = torch.randn(3, 8), torch.tensor([1, 2, 3])
+    fast = fxaccel.accelerate(model, passes=[TiedMerge])
+    with pytest.warns(UserWarning, match="is one tensor with"):
+        got = fast(x, ids)
+    torch.testing.assert_close(got, model(x, ids))
+    assert fast.b.weight is fast.e.weight
+
+
+class WrongMerge(MergeLinears):
+    """The map to the new parameter is wrong, and no proof was asked for."""
+
+    def apply(self, program, plan, driver):
+        super().apply(program, plan, driver)
+        one = program.replacements[-1]
+        program.replacements[-1] = dataclasses.replace(one, forward=lambda *t: (1.5 * torch.cat(t),))
+
+
+def test_wrongly_replaced_parameters_are_given_back():
+    model, x = QKV().eval(), torch.randn(3, 8)
+    names = [n for n, _ in model.named_parameters()]
+    fast = fxaccel.accelerate(model, passes=[WrongMerge])
+    with pytest.warns(UserWarning, match="dropped with all others"):
+        torch.testing.assert_close(fast(x), model(x))
+    assert [n for n, _ in fast.named_parameters()] == names
+    assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+    fast.train(), model.train()
+    torch.manual_seed(0)
+    want = model(x)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="applied nowhere"):
+        torch.testing.assert_close(fast(x), want)
+
+
+class Rounds(fxaccel.Pass):
+    """Stores the weight of a linear as integers."""
+
+    name = "rounds"
+    numerics = "approximate"
+
+    def apply(self, program, plan, driver):
+        linear = next(n for n in program.graph.nodes if is_call(n, aten.linear.default))
+        weight = program.state_node("weight")
+        val = weight.meta["val"]
+        with val.fake_mode:
+            packed = torch.empty(val.shape, dtype=torch.int8)
+        one = Replacement(
+            self.name, ("weight",), ("packed",), lambda w: ((w * 16).round().to(torch.int8),), None
+        )
+        (new,) = program.replace_parameters(one, [packed])
+        with program.graph.inserting_before(linear):
+            wide = driver.call(linear, aten.to.dtype, new, torch.float32)
+            linear.args = (linear.args[0], driver.call(linear, aten.div.Tensor, wide, 16.0), *linear.args[2:])
+        driver.applied(linear)
+
+
+def test_a_parameter_that_becomes_integers_is_no_parameter_to_train():
+    model, x = nn.Linear(8, 8), torch.randn(3, 8)
+    with torch.no_grad():
+        model.weight.copy_((model.weight * 16).round() / 16)
+    with torch.no_grad():
+        fast = fxaccel.accelerate(model, passes=[Rounds], allow="approximate", example_inputs=(x,))
+        torch.testing.assert_close(fast(x), model(x))
+    packed = dict(fast.named_parameters())["packed"]
+    assert (packed.dtype, packed.requires_grad) == (torch.int8, False)
+    assert fast.bias is model.bias
+    assert "packed" in fast.state_dict()
+
+
+def test_a_tensor_that_is_a_plain_attribute_is_read_at_each_call():
+    model = Function(lambda self, x: x * self.scale)
+    model.scale = torch.tensor(0.5)
+    fast, x = fxaccel.accelerate(model), torch.randn(3, 4)
+    torch.testing.assert_close(fast(x), x * 0.5)
+    model.scale.fill_(2.0)
+    torch.testing.assert_close(fast(x), x * 2)
+    twin = copy.deepcopy(fast)
+    twin.scale.fill_(3.0)
+    torch.testing.assert_close((fast(x), twin(x)), (x * 2, x * 3))
+    fast.scale = torch.tensor(7.0)
+    torch.testing.assert_close(fast(x), x * 7)
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def test_the_passes_neither_add_conditions_nor_write_sizes_of_the_example():
+    model, x = Block(), torch.randn(37, 53, 8)
+    fast = fxaccel.accelerate(model, example_inputs=(x,))
+    assert fired(fast) == {"fuse-attention", "fuse-norm"}
+    (one,) = fast.__dict__["_fxaccel"].all
+    assert one.program.guards == one.raw.guards
+    assert "37" not in one.source
+    assert "53" not in one.source
+    for batch, length in ((2, 3), (5, 2), (7, 64)):
+        x = torch.randn(batch, length, 8)
+        torch.testing.assert_close(fast(x), model(x))
+    assert captures(fast) == 1
+
+
+def test_what_an_operator_of_a_rewrite_needs_of_the_sizes_is_a_condition_of_the_capture():
+    """The view holds for even batches only; only the fake run of the operator knows."""
+
+    def rewrite(self, op, m):
+        halves = op.aten.relu.default(op.aten.view.default(m.x, [2, -1, 4]))
+        return op.aten.view.default(halves, [-1, 4])
+
+    halved = rule("halved", lambda self, op, x: op.aten.relu.default(x), rewrite)
+    model = Function(lambda self, x: (x + 1).relu())
+    fast = fxaccel.accelerate(model, passes=[halved])
+    for batch in (6, 7, 8):
+        with contextlib.suppress(UserWarning):
+            torch.testing.assert_close(fast(x := torch.randn(batch, 4)), model(x))
+
+
+def test_a_wrong_shape_raises_after_the_passes():
+    model = Block()
+    fast = fxaccel.accelerate(model, example_inputs=(torch.randn(4, 8, 8),))
+    assert fired(fast)
+    for wrong in (torch.randn(8, 4, 16), torch.randn(4, 16, 4), torch.randn(256)):
+        with pytest.raises((RuntimeError, fxaccel.CaptureError)):
+            fast(wrong)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 1, 8), (1, 1, 8), (3, 123, 8), (2, 65, 8)], ids=str)
+def test_sizes_that_fill_no_block(shape):
+    model, x = Block(), torch.randn(shape)
+    fast = fxaccel.accelerate(model)
+    torch.testing.assert_close(differentiated(fast, x), differentiated(model, x))
+
+
+LAYOUTS = {
+    "transposed": lambda: torch.randn(5, 2, 8).transpose(0, 1),
+    "sliced": lambda: torch.randn(2, 5, 20)[..., 3:11],
+    "stepped": lambda: torch.randn(2, 10, 16)[:, ::2, ::2],
+    "expanded": lambda: torch.randn(1, 5, 8).expand(2, 5, 8),
+    "one value": lambda: torch.randn(1, 1, 8).expand(2, 5, 8),
+    "last dimension first": lambda: torch.randn(8, 2, 5).permute(1, 2, 0),
+    "offset": lambda: torch.randn(81)[1:].view(2, 5, 8),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_input(layout):
+    model, x = Block(), LAYOUTS[layout]()
+    fast = fxaccel.accelerate(model)
+    got, want = model(x), fast(x)
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(differentiated(fast, x), differentiated(model, x))
+    assert fired(fast) == {"fuse-attention", "fuse-norm"}
+
+
+def test_images_in_channels_last_stay_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(
+        memory_format=torch.channels_last
+    )
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    fast = fxaccel.accelerate(copy.deepcopy(model))
+    got, want = fast(x), model(x)
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want)
+
+
+# -- types -----------------------------------------------------------------------------------------
+
+
+def values(fast, x):
+    """Pairs of what a node computes and what the graph says that it computes."""
+    (program,) = programs(fast)
+    state = dict(fast.named_parameters())
+    env = {
+        n: state[program.state[n.name].name] if n.name in program.state else x
+        for n in program.graph.nodes
+        if n.op == "placeholder"
+    }
+    run_nodes([n for n in program.graph.nodes if n.op == "call_function"], env, program.root)
+    for node, value in env.items():
+        for real, fake in zip(tree_leaves(value), tree_leaves(node.meta["val"]), strict=True):
+            if isinstance(real, torch.Tensor):
+                sizes, strides = ([number(s, program.hints) for s in v] for v in (fake.shape, fake.stride()))
+                yield node, real, fake.dtype, sizes, strides
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_value_is_of_the_type_that_the_graph_says(training, cast):
+    model = nn.Sequential(Block(p=0.2), nn.Linear(8, 4)).train(training)
+    around = torch.autocast("cpu", dtype=cast) if cast else contextlib.nullcontext()
+    x = torch.randn(3, 5, 8)
+    with around:
+        fast = fxaccel.accelerate(model, example_inputs=(x,))
+        assert fast(x).dtype is model(x).dtype
+    for node, real, dtype, sizes, _ in values(fast, x):
+        assert (real.dtype, list(real.shape)) == (dtype, sizes), node
+
+
+@pytest.mark.xfail(
+    strict=True, reason="readers of a rewritten value keep the strides that the old one gave them"
+)
+def test_every_value_has_the_strides_that_the_graph_says():
+    x = torch.randn(3, 5, 8)
+    fast = fxaccel.accelerate(Block(), example_inputs=(x,))
+    for node, real, _, _, strides in values(fast, x):
+        assert list(real.stride()) == strides, node
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_values_in_half_precision_are_no_further_from_float64(dtype):
+    model = Block().to(dtype)
+    exact = copy.deepcopy(model).double()
+    fast = fxaccel.accelerate(model)
+    x = (100 * torch.randn(4, 9, 8)).to(dtype)
+    got, old, want = (m(x.to(next(m.parameters()).dtype)).double() for m in (fast, model, exact))
+    assert fired(fast)
+    assert got.isfinite().all()
+    eps = torch.finfo(dtype).eps * float(want.abs().max())
+    assert float((got - want).abs().max()) <= 2 * float((old - want).abs().max()) + eps
+
+
+def test_complex_numbers():
+    model = nn.Sequential(
+        nn.Linear(4, 4, dtype=torch.complex64),
+        Function(lambda self, x: x.conj() * x.exp()),
+        nn.Linear(4, 4, dtype=torch.complex64),
+    )
+    fast, grads = fxaccel.accelerate(model), []
+    x = torch.randn(3, 4, dtype=torch.complex64, requires_grad=True)
+    for m in (model, fast):
+        grads.append(torch.autograd.grad(m(x).abs().sum(), [x, *m.parameters()]))
+    torch.testing.assert_close(*grads)
+    exact = fxaccel.accelerate(copy.deepcopy(model).to(torch.complex128))
+    assert torch.autograd.gradcheck(
+        lambda x: torch.view_as_real(exact(x)), x.detach().cdouble().requires_grad_()
+    )
+
+
+def test_devices_of_factories_follow_the_input():
+    model = Function(lambda self, x: x + torch.arange(x.shape[1], device=x.device), a=nn.Linear(2, 2))
+    fast = fxaccel.accelerate(model, check=False)
+    assert fast(torch.randn(3, 4)).device.type == "cpu"
+    assert fast.to("meta")(torch.randn(3, 4, device="meta")).device.type == "meta"
+
+
+# -- bodies, regions, gradients --------------------------------------------------------------------
+
+
+def test_bodies_that_no_pass_looks_into_are_in_the_report():
+    def function(self, x):
+        return torch.cond(x.sum() > 0, lambda a: F.layer_norm(a, [4]), lambda a: a * 2, (x,))
+
+    model = Function(function)
+    fast = fxaccel.accelerate(model)
+    for x in (torch.randn(3, 4).abs(), -torch.randn(3, 4).abs()):
+        torch.testing.assert_close(fast(x), model(x))
+    assert "cond at test_" in notes(fast)
+    assert "no pass looks into its bodies" in notes(fast)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_passes_look_into_regions(around):
+    def function(self, x):
+        with around():
+            y = self.norm(x)
+        return y.float() * x
+
+    model = Function(function, norm=nn.LayerNorm(8))
+    fast = fxaccel.accelerate(model, passes=["fuse-norm"], example_inputs=(torch.randn(3, 8),))
+    assert fired(fast) == {"fuse-norm"}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(p=0.2) for _ in range(3))
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=i == 1):
+                x = checkpoint(layer, x, use_reentrant=False)
+        return x.float().square().mean()
+
+
+def test_checkpoints_of_the_user_stay():
+    model, x = Checkpointed(), torch.randn(4, 16, 8, requires_grad=True)
+    fast, results = fxaccel.accelerate(model, example_inputs=(x,)), []
+    assert not in_pieces(fast)
+    assert fast.code.count("use_reentrant=False") == 3
+    assert saved_bytes(fast, x) <= 1.1 * saved_bytes(model, x)
+    for m in (model, fast):
+        torch.manual_seed(3)
+        results.append(torch.autograd.grad(m(x), [x, *m.parameters()]))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reentrant_checkpoints_are_left_as_they_are_and_that_is_said():
+    model = Function(lambda self, x: checkpoint(self.a, x, use_reentrant=True), a=nn.Linear(4, 4))
+    fast, x = fxaccel.accelerate(model), torch.randn(3, 4, requires_grad=True)
+    grads = []
+    for m in (model, fast):
+        x.grad = None
+        m.zero_grad()
+        m(x).square().sum().backward()
+        grads.append([x.grad, *(p.grad.clone() for p in m.parameters())])
+    torch.testing.assert_close(*grads)
+    assert "a piece is left as it was" in notes(fast)
+
+
+def test_two_calls_and_then_their_backwards_in_either_order():
+    model = Block()
+    fast, grads = fxaccel.accelerate(model), []
+    a, b = torch.randn(2, 5, 8), torch.randn(3, 4, 8)
+    for m in (model, fast):
+        m.zero_grad()
+        first, second = m(a).square().sum(), m(b).square().sum()
+        second.backward()
+        first.backward()
+        grads.append([p.grad.clone() for p in m.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+def test_a_second_derivative_that_a_kernel_lacks_is_refused_aloud():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    fast, x = fxaccel.accelerate(model), torch.randn(3, 8, requires_grad=True)
+    assert (fast(x), fired(fast))[1]
+    try:
+        (g,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
+        got = torch.autograd.grad(g.square().sum(), list(fast.parameters()), allow_unused=True)
+    except (RuntimeError, NotImplementedError):
+        return
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(
+        got, torch.autograd.grad(g.square().sum(), list(model.parameters()), allow_unused=True)
+    )
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+RANK = """
+    import sys, torch, fxaccel
+    from torch import nn
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    x = torch.randn(6, 8)
+    model(x).square().mean().backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    fast = fxaccel.accelerate(model)
+    wrapped = nn.parallel.DistributedDataParallel(fast)
+    for _ in range(2):
+        fast.zero_grad()
+        wrapped(x[3 * rank : 3 * rank + 3]).square().mean().backward()
+    for n, p in fast.named_parameters():
+        torch.testing.assert_close(p.grad, want[n])
+    codes = [None, None]
+    torch.distributed.all_gather_object(codes, fast.code)
+    assert codes[0] == codes[1]
+    print("equal")
+"""
+
+
+def test_two_processes_make_one_plan_and_one_gradient(tmp_path):
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(RANK), str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    done = [r.communicate(timeout=120) for r in ranks]
+    assert [out.strip() for out, _ in done] == ["equal", "equal"], done
+
+
+def test_cutting_a_model_into_pieces_is_silent(tmp_path):
+    code = """
+        import torch, fxaccel
+        class M(torch.nn.Module):
+            def forward(self, x):
+                if x.sum() > 0:
+                    return x * int(x.max().item())
+                return x
+        fast = fxaccel.accelerate(M())
+        fast(torch.ones(3, 4)), fast(-torch.ones(3, 4))
+        assert "pieces" in str(fast.report())
+    """
+    script = tmp_path / "cut.py"
+    script.write_text(textwrap.dedent(code))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd="/", check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
