@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxaccel.ir import Program, arguments
+from fxaccel.ir import Program, arguments, is_tensor
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _RANDOM_TAG = torch.Tag.nondeterministic_seeded
@@ -160,3 +160,21 @@ def eliminate_dead(graph: fx.Graph) -> int:
             graph.erase_node(node)
             erased += 1
     return erased
+
+
+def learned(program: Program) -> frozenset[fx.Node]:
+    """Nodes that a gradient may flow to: floats computed from parameters or from the caller's tensors (an
+    analysis)."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if not program.grad or not any(_differentiable(t) for t in pytree.tree_leaves(node.meta.get("val"))):
+            continue
+        slot = program.state.get(node.name) if node.op == "placeholder" else None
+        source = node.op == "placeholder" and (slot is None or slot.kind == "parameter")
+        if source or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _differentiable(val: Any) -> bool:
+    return is_tensor(val) and (val.dtype.is_floating_point or val.dtype.is_complex)

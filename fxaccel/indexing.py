@@ -286,7 +286,7 @@ def elementwise(
     logical = _logical(target, args, dtype, known)
     if logical is not None:
         return logical
-    args = [select(a, number(1, dtype), number(0, dtype), dtype) if _is_choice(a) else a for a in args]
+    args = [select(a, number(1, dtype), number(0, dtype), dtype) if _is_truth(a) else a for a in args]
     if all(_is_number(a) for a in args):
         return _computed(target, args, kwargs, dtype)
     branches = [a for a in args if isinstance(a, Call) and a.target is aten.where.self]
@@ -299,11 +299,6 @@ def elementwise(
             )
             return select(c, left, right, dtype)
     return Call(target, tuple(args), dtype, tuple(sorted(kwargs.items())))
-
-
-def _is_choice(a: Any) -> bool:
-    """Whether arithmetic takes this truth value for 0 or 1."""
-    return isinstance(a, (Read, Call)) and _is_truth(a)
 
 
 def _is_number(a: Any) -> bool:

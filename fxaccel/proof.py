@@ -30,6 +30,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from fxaccel.effects import learned
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import UNSTEADY, Unsteady, dropped, run_nodes, widen
 from fxaccel.ir import Program, SizeSpec, expr, is_tensor, number, structure
@@ -68,7 +69,7 @@ class Fragment:
     def text(self) -> str:
         """What the fragment computes on what kind of inputs, without names."""
         index = {n: i for i, n in enumerate(self.graph.nodes)}
-        leaves = [describe(n.meta["val"]) for n in self.inputs]
+        leaves = [f"{describe(n.meta['val'])} {n.meta.get('learned')}" for n in self.inputs]
         body = [n for n in index if n.op not in ("placeholder", "output")]
         done = structure(body, lambda n: f"in{index[n]}")
         return "\n".join([*leaves, done, str([index[o] for o in self.outputs])])
@@ -123,9 +124,10 @@ def fragment(
 ) -> Fragment:
     """A copy of `nodes` as a function of `inputs`."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    flows = program.facts(learned)
     for node in inputs:
         env[node] = graph.placeholder(node.name)
-        env[node].meta = dict(node.meta)
+        env[node].meta = {**node.meta, "learned": node in flows}
     for node in _ordered(nodes):
         env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = dict(node.meta)
@@ -267,7 +269,8 @@ class _Trial:
 
     def run(self, part: Fragment, values: list[Any], double: bool = False) -> tuple[list[Any], list[Any]]:
         """Outputs and, where gradients flow, the gradients of a random weighting of them."""
-        leaves = [_leaf(v, self.backward) for v in values]
+        flows = [n.meta.get("learned", True) for n in part.inputs]
+        leaves = [_leaf(v, self.backward and f) for v, f in zip(values, flows, strict=True)]
         outputs = part(leaves, double=double)
         wanted = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
         flowing = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]

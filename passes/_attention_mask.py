@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from fxaccel.effects import learned
 from fxaccel.indexing import (
     FALSE, TRUE, ZERO, Affine, Call, Const, Range, Read, Reader, Value, compare, conjunction, dimension,
     disjunction, index, negation, number, reads, rebuilt, select, symbols,
@@ -27,6 +28,7 @@ from fxaccel.rule import Ops
 
 aten = torch.ops.aten
 B, H, Q, K, D = (index(name) for name in "bhqkd")
+MAX_TABLES = 4
 HUGE = -1e8  # a score filled with this or less counts as no score, where another key is seen
 
 
@@ -45,10 +47,24 @@ class Fill:
 
 @dataclass(frozen=True)
 class Term:
-    """A value that is added to the scores; `whole` is the tensor that holds it."""
+    """`factor` times a value that is added to the scores; `whole` is the tensor that holds the value."""
 
     value: Value
     whole: Value
+    factor: float = 1.0
+
+    def parts(self) -> Iterator[Value]:
+        """What the value is a sum of, the factor taken in."""
+        for part in _summands(self.value):
+            yield part if self.factor == 1 else Call(aten.mul.Tensor, (part, Const(self.factor)), torch.float32)
+
+
+def _summands(value: Value) -> Iterator[Value]:
+    if isinstance(value, Call) and value.target is aten.add.Tensor and value.dtype.is_floating_point:
+        for part in value.args:
+            yield from _summands(part)
+    else:
+        yield value
 
 
 @dataclass(frozen=True)
@@ -69,26 +85,13 @@ class Problem:
         return cls(known, *sizes[2:], dtype, program.facts(learned))
 
 
-def learned(program: Program) -> frozenset[fx.Node]:
-    """Nodes that a gradient may flow to: floats computed from parameters or from the caller's tensors."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        val = node.meta.get("val")
-        if not program.grad or not (isinstance(val, torch.Tensor) and val.dtype.is_floating_point):
-            continue
-        slot = program.state.get(node.name) if node.op == "placeholder" else None
-        source = node.op == "placeholder" and (slot is None or slot.kind == "parameter")
-        if source or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
-
-
 @dataclass(frozen=True)
 class Table:
-    """A tensor that an expression reads: a node, or a value to be computed over `axes` first."""
+    """A tensor that an expression reads: a node times `factor`, or a value computed over `axes` first."""
 
     source: fx.Node | Value
     axes: tuple[Affine, ...] = ()
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Mask:
     tables: tuple[Table, ...] = ()
     empty: str = "zero"
     kinds: tuple[str, ...] = ()
+    plain: tuple[bool, ...] = ()  # for each table, whether its indices are b, h, q, k or 0, each once
     seen: bool = True  # every row certainly keeps a key
     why_not: tuple[str, ...] = ()  # sentences that forbid the rewrite
 
@@ -107,23 +111,20 @@ class Mask:
 # -- fills and terms ---------------------------------------------------------------------------------
 
 
-def as_fill(term: Term) -> Fill | None:
-    """An added value as `where(keep, 0, fill)`, if that is what it is."""
-    value = term.value
+def as_fill(value: Value, whole: Value) -> tuple[Fill, Value] | None:
+    """An added value as `where(keep, other, fill)`, a fill and the other value, if that is what it is."""
     if not (isinstance(value, Call) and value.target is aten.where.self):
         return None
     c, a, b = value.args
-    if _is_zero(b):
+    if _number(b) is None or (_number(a) or 0) < (_number(b) or 0):
         c, a, b = negation(c), b, a
     fill = _number(b)
     if fill is None or not fill < 0:
         return None
-    if _is_zero(a):
-        return Fill(c, fill, True, term.whole)
-    inner = as_fill(Term(a, term.whole))
-    if inner is not None and inner.value == fill:
-        return Fill(conjunction(c, inner.keep), fill, True, term.whole)
-    return None
+    inner = as_fill(a, whole)
+    if inner is not None and inner[0].value == fill:
+        return replace(inner[0], keep=conjunction(c, inner[0].keep)), inner[1]
+    return Fill(c, fill, True, whole), a
 
 
 def _number(value: Value) -> float | None:
@@ -150,6 +151,8 @@ def understand(
     hard, soft, rest = _sorted(p, fills, terms)
     keep, why = simplified(_all((*hard, *soft)), p), list[str]()
     empty, seen = "zero", sees_a_key(keep, p)
+    if equal == "kernel" and any(r.node in p.learned for t in rest for r in reads(t.value)):
+        equal = "bias"
     if not seen and soft:
         empty, why = _without_key(p, hard, soft, equal)
         if empty == "bias":  # exact as written: the fills are added, nothing is skipped
@@ -160,8 +163,11 @@ def understand(
     text = Spelling(p)
     mask = text.spell(keep) if keep != TRUE else ""
     bias = [text.term(t) for t in rest]
+    if len(text.tables) > MAX_TABLES:
+        text = Spelling(p)
+        mask, bias = text.spell(keep) if keep != TRUE else "", [text.whole(t) for t in rest]
     kinds = [*(() if keep == TRUE else _kinds(keep, p)), *(kind for _, kind in bias)]
-    return Mask(mask, " + ".join(b for b, _ in bias), tuple(text.tables), empty, tuple(kinds), seen, tuple(why))
+    return Mask(mask, " + ".join(b for b, _ in bias), tuple(text.tables), empty, tuple(kinds), tuple(text.plain), seen, tuple(why))
 
 
 def _sorted(
@@ -174,14 +180,35 @@ def _sorted(
             fill = replace(fill, keep=fill.whole)
         (hard if fill.value == -math.inf else soft).append(fill)
     for term in terms:
-        if _is_zero(term.value):
-            continue
-        found = as_fill(term)
-        if found is None or found.value > HUGE or not Spelling(p).spell(simplified(found.keep, p)):
+        split = _split(p, term)
+        if split is None:
             rest.append(term)
-        else:
-            (hard if found.value == -math.inf else soft).append(found)
+            continue
+        for fill in split[0]:
+            (hard if fill.value == -math.inf else soft).append(fill)
+        rest += split[1]
     return hard, soft, rest
+
+
+def _split(p: Problem, term: Term) -> tuple[list[Fill], list[Term]] | None:
+    """A term as fills and summands that can all be spelled, None where it has to stay the tensor it is."""
+    fills, left, text = list[Fill](), list[Value](), Spelling(p)
+    for part in term.parts():
+        found = as_fill(part, term.whole)
+        if found is None or found[0].value > HUGE:
+            left.append(part)
+            continue
+        fill, other = found
+        if any(r.node in p.learned for r in reads(other)) and not sees_a_key(simplified(fill.keep, p), p):
+            return None  # in a row without a key the gradient of `other` is not the kernel's
+        if not text.spell(simplified(fill.keep, p)):
+            return None
+        fills.append(fill)
+        left.append(other)
+    left = [part for part in left if not _is_zero(part)]
+    if not all(text.part(part)[0] for part in left):
+        return (fills, [term]) if not fills else None
+    return fills, [Term(part, term.whole) for part in left]
 
 
 def _all(fills: Sequence[Fill]) -> Value:
@@ -358,25 +385,37 @@ class Spelling:
 
     p: Problem
     tables: list[Table] = field(default_factory=list)
+    plain: list[bool] = field(default_factory=list)
     names: dict[Any, str] = field(default_factory=dict)
 
     def term(self, term: Term) -> tuple[str, str]:
-        """An added value as text, and the words for it."""
-        value = term.value
+        """An added term as text, and the words for it."""
+        parts = [part for part in term.parts() if not _is_zero(part)]
+        if all(Spelling(self.p).part(part)[0] for part in parts):
+            found = [self.part(part) for part in parts]
+            return " + ".join(t for t, _ in found), ", ".join(k for _, k in found)
+        return self.whole(term)
+
+    def whole(self, term: Term) -> tuple[str, str]:
+        """An added term as the tensor that holds it."""
+        whole = term.whole
+        if not (isinstance(whole, Read) and all(isinstance(i, Affine) for i in whole.at)):
+            return "", "a tensor that cannot be read"
+        return self.read(whole, term.factor), _tensor_kind(whole)
+
+    def part(self, value: Value) -> tuple[str, str]:
+        """A summand as text, "" where it has to stay a tensor, and the words for it."""
         plain = _one_read(value)
         if plain is not None and Spelling(self.p).spell(plain):
             return self.read(plain), _tensor_kind(plain)
         offset = relative(value)
         learns = any(r.node in self.p.learned for r in reads(value))
         if offset is not None and (learns or not Spelling(self.p).spell(value)):
-            axes = tuple(a for a in (B, H) if a.of in symbols(offset)) + (D,)
+            axes = (*(a for a in (B, H) if a.of in symbols(offset)), D)
             name = self.table(Table(offset, axes))
             spot = ", ".join([*(str(a.of) for a in axes if a is not D), "k - q + S - 1"])
             return f"{name}[{spot}]", "relative bias"
-        text = self.spell(value)
-        if text:
-            return text, "an additive index function"
-        return self.spell(term.whole), "a bias tensor"
+        return ("", "") if learns else (self.spell(value), "an additive index function")
 
     def spell(self, value: Any) -> str:
         """The value as text, "" where the language has no words for it."""
@@ -451,16 +490,22 @@ class Spelling:
             return ""
         return str(e) if e.is_Symbol or (e.is_number and e >= 0) else f"({e})"
 
-    def read(self, value: Read) -> str:
-        at = [self.spell(i) for i in value.at]
+    def read(self, value: Read, factor: float = 1.0) -> str:
+        if not value.at:
+            return ""
+        at = [self.spell(i) if isinstance(i, Affine) else "" for i in value.at]
         if not all(at):
             return ""
-        return f"{self.table(Table(value.node))}[{', '.join(_bare(i) for i in at)}]"
+        spots = [i for i in value.at if i != ZERO]
+        plain = len(set(spots)) == len(spots) and all(isinstance(i, Affine) and i.of.is_Symbol for i in spots)
+        name = self.table(Table(value.node, factor=factor), plain)
+        return f"{name}[{', '.join(_bare(i) for i in at)}]"
 
-    def table(self, table: Table) -> str:
+    def table(self, table: Table, plain: bool = True) -> str:
         if table not in self.names:
             self.names[table] = f"t{len(self.tables)}"
             self.tables.append(table)
+            self.plain.append(plain)
         return self.names[table]
 
 
@@ -484,8 +529,10 @@ def _one_read(value: Value) -> Read | None:
     """The read that an added value is, through casts to a floating dtype."""
     while isinstance(value, Call) and value.target is aten.to.dtype and value.dtype.is_floating_point:
         value = value.args[0]
-    floating = isinstance(value, Read) and value.node.meta["val"].dtype.is_floating_point
-    return value if floating and all(isinstance(i, Affine) for i in value.at) else None  # type: ignore
+    if not (isinstance(value, Read) and value.node.meta["val"].dtype.is_floating_point):
+        return None
+    plain = all(isinstance(i, Affine) and (i.of.is_Symbol or i == ZERO) for i in value.at)
+    return value if plain else None
 
 
 def _tensor_kind(value: Read) -> str:

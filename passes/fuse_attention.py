@@ -26,7 +26,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxaccel.effects import written
+from fxaccel.effects import learned, written
 from fxaccel.indexing import (
     ZERO, Affine, Call, Const, Range, Read, Reader, Value, Views, compare, dimension, index, negation,
     symbols,
@@ -34,7 +34,7 @@ from fxaccel.indexing import (
 from fxaccel.ir import Program, arguments, is_call, target_name
 from fxaccel.kernels import attention as kernel
 from fxaccel.passes._attention_mask import (
-    B, H, K, Q, Emitter, Fill, Mask, Problem, Table, Term, understand,
+    B, D, H, K, Q, Emitter, Fill, Mask, Problem, Table, Term, understand,
 )  # fmt: skip
 from fxaccel.rule import Match, Miss, Ops, Refusals, Rule, Rules, register
 
@@ -75,6 +75,7 @@ class Attention(Rule):
         site = m.site
         yield from site.why_not
         yield from site.mask.why_not
+        yield from unlearnable(m.program, site.mask)
         if site.scale is None:
             yield "the scale is left to a head size that is not a number"
         yield from unsupported(site)
@@ -153,13 +154,26 @@ def unsupported(site: Site) -> Iterator[str]:
     k, v = (x.permute(o.order) if o.order else x for x, o in ((k, site.k), (v, site.v)))
     for _ in range(4 - q.dim()):
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    tables = [t.source.meta["val"] for t in site.mask.tables if isinstance(t.source, fx.Node)]
-    if len(site.mask.tables) > 4:
-        yield f"its mask and bias read {len(site.mask.tables)} tensors; the kernel takes 4"
+    tables = [_shaped(t, q, k, site) for t in site.mask.tables]
     yield from kernel.unsupported(
         q, k, v, tables, site.mask.mask, site.mask.bias, site.scale or 1.0, site.cap, None, site.dropout,
         site.mask.empty,
     )  # fmt: skip
+
+
+def unlearnable(program: Program, mask: Mask) -> Iterator[str]:
+    """Why a gradient cannot reach what the mask or the bias reads."""
+    for t, plain in zip(mask.tables, mask.plain, strict=True):
+        if not plain and isinstance(t.source, fx.Node) and t.source in program.facts(learned):
+            yield f"the bias needs a gradient and reads {_name(t.source)} in another way than element by element"
+
+
+def _shaped(t: Table, q: Any, k: Any, site: Site) -> Any:
+    """A tensor of the shape of a table."""
+    if isinstance(t.source, fx.Node):
+        return t.source.meta["val"]
+    sizes = {B: q.shape[0], H: q.shape[1], D: q.shape[2] + k.shape[2] - 1}
+    return q.new_empty([sizes[a] for a in t.axes])
 
 
 def heads(op: Ops, site: Site) -> tuple[fx.Node, ...]:
@@ -246,7 +260,7 @@ def _unviewed(x: fx.Node, n: int, transposed: bool) -> Operand | None:
 def table(op: Ops, t: Table, q: fx.Node, k: fx.Node) -> fx.Node:
     """The tensor of a table, computed here if it has to be."""
     if isinstance(t.source, fx.Node):
-        return t.source
+        return t.source if t.factor == 1 else op.aten.mul.Tensor(t.source, t.factor)
     return Emitter(op, q, k, t.axes).emit(t.source)
 
 
@@ -346,11 +360,7 @@ class _Scores:
         factor = self.factor * sign
         if not isinstance(y, fx.Node):
             return True if y == 0 else self._shift()
-        value, whole = _read(self.reader, y, self.at), _whole(y, self.at)
-        if factor != 1:
-            dtype = y.meta["val"].dtype
-            value, whole = (Call(aten.mul.Tensor, (x, Const(factor)), dtype) for x in (value, whole))
-        self.terms.append(Term(value, whole))
+        self.terms.append(Term(_read(self.reader, y, self.at), _whole(y, self.at), factor))
         return True
 
     def scaled(self, y: fx.Node, divided: bool = False) -> bool:

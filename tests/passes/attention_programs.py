@@ -392,16 +392,17 @@ def programs() -> list[Program]:
         Program(separate, dropped, tril_inf, "causal", train=False),
         Program(three_dimensional, plain, tril_inf, "causal"),
     ]
-    found += [
-        Program(layout, core, mask, kind + GROUPED.get(layout, ""), inputs, dtype, train, empty)
-        for dtype, train in ((torch.bfloat16, True), (torch.float64, True), (torch.float32, False))
-        for layout, core, mask, kind, inputs, empty in (
-            (separate, plain, tril_inf, "causal", (), "zero"),
-            (expanded, wide_softmax, where_finfo, "causal", (), "zero"),
-            (unbound, cast_around, window, "causal, window 4", (), "zero"),
-            (separate, query_scaled, bucketed, "relative bias", (), "zero"),
-        )
-    ]
+    for dtype, train in ((torch.bfloat16, True), (torch.float64, True), (torch.float32, False)):
+        wide = dtype == torch.float64  # where a cast to float32 would lose precision
+        found += [
+            Program(layout, core, mask, kind + GROUPED.get(layout, ""), (), dtype, train)
+            for layout, core, mask, kind in (
+                (separate, plain, tril_inf, "causal"),
+                (expanded, plain if wide else wide_softmax, where_finfo, "causal"),
+                (unbound, einsum if wide else cast_around, window, "causal, window 4"),
+                (separate, query_scaled, bucketed, "relative bias"),
+            )
+        ]
     return list({p.name: p for p in found}.values())
 
 
