@@ -1,8 +1,9 @@
-"""The wheel holds the three folders under their import names and works from another folder."""
+"""The wheel holds the three folders under their import names and works where the repository is not."""
 
 import os
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
-import torch, fxaccel, fxaccel.passes, fxaccel.kernels
+import sys, torch, fxaccel, fxaccel.passes, fxaccel.kernels
 from torch import nn
 assert {target!r} in fxaccel.__file__, fxaccel.__file__
 assert {target!r} in fxaccel.passes.__path__[0] and {target!r} in fxaccel.kernels.__path__[0]
@@ -18,6 +19,7 @@ fast = fxaccel.accelerate(nn.Sequential(nn.RMSNorm(8, eps=1e-6)), [fxaccel.passe
 x = torch.randn(2, 8)
 torch.testing.assert_close(fast(x), fast.original()(x))
 assert len(fast.report()["fuse-norm"].applied) == 1
+assert not [m for m in sys.modules.values() if (getattr(m, "__file__", "") or "").startswith({root!r})]
 """
 
 
@@ -39,16 +41,41 @@ def test_it_holds_the_folders_under_their_import_names(wheel):
     assert not [n for n in names if n.startswith(("passes/", "kernels/", "tests/", "bench/"))]
 
 
-def test_it_works_from_another_folder(wheel, tmp_path):
-    target = tmp_path / "installed"
+@pytest.fixture(scope="module")
+def elsewhere(wheel, tmp_path_factory):
+    """A virtual environment with the wheel alone; it sees the dependencies as folders on its path."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    venv.create(folder / "env", with_pip=False)
+    python = folder / "env" / "bin" / "python"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel], check=True
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", USE.format(target=str(target))],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True, text=True,
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel],
+        check=True, capture_output=True,
     )  # fmt: skip
+    (site,) = (folder / "env" / "lib").glob("python*/site-packages")
+    # Folders named in a .pth file are searched; their own .pth files, the editable install's, are not read.
+    (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
+    return folder, site
+
+
+def run(folder, *command):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    return subprocess.run(
+        [folder / "env" / "bin" / command[0], *command[1:]],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_it_works_in_an_environment_of_its_own_from_another_folder(elsewhere):
+    folder, site = elsewhere
+    done = run(folder, "python", "-c", USE.format(target=str(site), root=str(ROOT)))
     assert done.returncode == 0, done.stderr
+
+
+def test_its_command_works_there(elsewhere):
+    done = run(elsewhere[0], "fxaccel", "passes")
+    assert done.returncode == 0, done.stderr
+    assert "fuse-norm" in done.stdout
+    assert "fuse-attention" in done.stdout
 
 
 def test_the_editable_install_sees_the_folders():
