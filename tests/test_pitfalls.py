@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import fxaccel
 from fxaccel.evaluate import run_nodes
 from fxaccel.ir import Replacement, is_call, number
-from tests.test_capture import Function, agree, captures, in_pieces, notes
-from tests.test_five_kinds import QKV, MergeLinears, saved_bytes
+from tests.helpers import Method as Function
+from tests.helpers import agree, captures, in_pieces, notes, saved_bytes
+from tests.test_replaced_parameters import QKV, MergeLinears
 
 F = nn.functional
 aten = torch.ops.aten

@@ -11,18 +11,10 @@ from fxaccel import manager
 from fxaccel.capture import capture
 from fxaccel.errors import ProofError
 from fxaccel.proof import holds, materialise, share_of_tolerance
+from tests.helpers import Function
 
 F = nn.functional
 aten = torch.ops.aten
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
 
 
 def proved(pattern, rewrite, function, *args, numerics="reassociated", allow="approximate"):
