@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -157,7 +157,17 @@ def positive(e: sympy.Expr) -> sympy.Expr:
 def dimension(size: Any) -> sympy.Expr:
     """A size as an expression, without a guard."""
     e = sympy.expand(expr(size))
-    return sympy.Integer(1) if e.has(sympy.Max) and positive(e) == 1 else e
+    return e if e.is_polynomial() else sympy.expand(e.replace(_is_max, _largest))
+
+
+def _is_max(e: Any) -> bool:
+    return type(e).__name__ == "Max"  # torch has a class of its own
+
+
+def _largest(e: Any) -> sympy.Expr:
+    """The argument of a Max that is certainly the largest, or the Max."""
+    known = Range({})
+    return next((a for a in e.args if all(known.nonnegative(a - b) for b in e.args)), e)
 
 
 # -- elementwise values ------------------------------------------------------------------------------
@@ -425,10 +435,15 @@ class Reader:
     """Reads nodes of one graph; `mixed` are the two symbols whose meeting makes a tensor worth opening."""
 
     def __init__(
-        self, known: Range, mixed: tuple[sympy.Symbol, sympy.Symbol], frozen: Iterable[fx.Node] = ()
+        self,
+        known: Range,
+        mixed: tuple[sympy.Symbol, sympy.Symbol],
+        frozen: Iterable[fx.Node] = (),
+        numbers: Mapping[fx.Node, Any] | None = None,
     ) -> None:
         self.known, self.mixed = known, frozenset(mixed)
         self.frozen = frozenset(frozen)  # nodes whose storage is written to
+        self.numbers = numbers or {}  # nodes that are one constant
         self.opened: dict[fx.Node, None] = {}  # nodes looked into, in the order of the visits
         self.constant: dict[fx.Node, bool] = {}
 
@@ -436,6 +451,8 @@ class Reader:
         """The element of `node` at indices `at`, one for each dimension."""
         shape = node.meta["val"].shape
         where = tuple(ZERO if dimension(s) == 1 else i for s, i in zip(shape, at, strict=True))
+        if node in self.numbers:
+            return number(self.numbers[node], node.meta["val"].dtype)
         meet = self.mixed <= frozenset().union(*map(symbols, where)) if where else False
         if node.op != "call_function" or node in self.frozen:
             return Read(node, where)

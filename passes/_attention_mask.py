@@ -20,8 +20,8 @@ from torch import fx
 
 from fxaccel.effects import learned
 from fxaccel.indexing import (
-    FALSE, TRUE, ZERO, Affine, Call, Const, Range, Read, Reader, Value, compare, conjunction, dimension,
-    disjunction, index, negation, number, reads, rebuilt, select, symbols,
+    TRUE, ZERO, Affine, Call, Const, Range, Read, Value, compare, conjunction, dimension,
+    disjunction, elementwise, index, negation, reads, rebuilt, select, symbols,
 )  # fmt: skip
 from fxaccel.ir import Program
 from fxaccel.rule import Ops
@@ -56,7 +56,10 @@ class Term:
     def parts(self) -> Iterator[Value]:
         """What the value is a sum of, the factor taken in."""
         for part in _summands(self.value):
-            yield part if self.factor == 1 else Call(aten.mul.Tensor, (part, Const(self.factor)), torch.float32)
+            if self.factor != 1:
+                factor = Const(self.factor)
+                part = elementwise(aten.mul.Tensor, (part, factor), {}, torch.float32, Range({}))
+            yield part
 
 
 def _summands(value: Value) -> Iterator[Value]:

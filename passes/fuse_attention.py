@@ -303,7 +303,14 @@ def _match(
 
 
 def _reader(program: Program, p: Problem) -> Reader:
-    return Reader(p.known, (Q.of, K.of), program.facts(written))
+    return Reader(p.known, (Q.of, K.of), program.facts(written), program.facts(numbers))
+
+
+def numbers(program: Program) -> dict[fx.Node, Any]:
+    """The constants of the graph that are one number (an analysis)."""
+    slots = ((n, program.state.get(n.name)) for n in program.graph.find_nodes(op="placeholder"))
+    found = {n: program.constants[s.name] for n, s in slots if s is not None and s.kind == "constant"}
+    return {n: t.item() for n, t in found.items() if t.dim() == 0}
 
 
 def _read(reader: Reader, node: fx.Node, at: Sequence[Value]) -> Value:
@@ -456,9 +463,15 @@ def _mul(s: _Scores, node: fx.Node, a: dict[str, Any]) -> fx.Node | None:
 
 def _div(s: _Scores, node: fx.Node, a: dict[str, Any]) -> fx.Node | None:
     x, y = a["self"], a["other"]
-    if not (isinstance(y, fx.Node) and _scores_like(x, node)):
-        return None
-    return x if s.scaled(y, divided=True) else None
+    if not isinstance(y, fx.Node):
+        s.factor /= float(y)
+        return x
+    return x if _scores_like(x, node) and s.scaled(y, divided=True) else None
+
+
+def _neg(s: _Scores, node: fx.Node, a: dict[str, Any]) -> fx.Node | None:
+    s.factor = -s.factor
+    return a["self"]
 
 
 def _maximum(s: _Scores, node: fx.Node, a: dict[str, Any]) -> fx.Node | None:
@@ -511,7 +524,7 @@ def _view(s: _Scores, node: fx.Node, a: dict[str, Any]) -> fx.Node | None:
 
 
 _STEPS = {
-    aten.add.Tensor: _add, aten.sub.Tensor: _sub, aten.mul.Tensor: _mul, aten.div.Tensor: _div,
+    aten.add.Tensor: _add, aten.sub.Tensor: _sub, aten.mul.Tensor: _mul, aten.div.Tensor: _div, aten.neg.default: _neg,
     aten.tanh.default: _tanh, aten.maximum.default: _maximum,
     aten.where.self: _where, aten.where.ScalarOther: _where, aten.where.ScalarSelf: _where,
     aten.masked_fill.Scalar: _masked_fill, aten.to.dtype: _cast, aten.reshape.default: _view,
