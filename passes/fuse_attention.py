@@ -11,6 +11,7 @@ Source     Dao 2023, "FlashAttention-2", arXiv:2307.08691.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class ScaledDotProduct(Rule):
         return op.fxaccel.attention.default(m.q, m.k, m.v, tables, mask, bias, scale)
 
 
-def _terms(given, bias, causal: bool) -> tuple[list, str, str]:
+def _terms(given, bias, causal: bool) -> tuple[list[Any], str, str]:
     """Tables, mask and bias of the kernel for an SDPA mask, `given`, of the type of `bias`."""
     mask = "k <= q" if causal else ""
     if bias is None:
