@@ -4,10 +4,18 @@ Shapes     q: [B, H, S, D]; k: [B, G, T, D]; v: [B, G, T, E]; out, dout: [B, H, 
            (fp64 for fp64), to the base e, +inf for a row that keeps no key.
 Numerics   softmax in fp32 (fp64 for fp64), and so the products of a written-out block; dk, dv and the tables'
            gradients are added up in that dtype and rounded once.
-Cost       one call of the flash kernel where the mask is causal, or where mask and bias are no tensor of size
-           S * T, or the bias is one as it lies. Otherwise blocks of BLOCK queries, each with the keys it
-           reaches, to blocks of KEYS; mask and bias exist for one block at a time, within ELEMENTS (or
-           for 16 queries). Written out, a block at a time: softcap, dropout, the backward of a table.
+Cost       one call of the flash kernel where mask and bias are no tensor of size S * T, or the bias is one
+           as it lies; a causal square in halves (is_causal alone computes up to 512 keys too many). Otherwise
+           blocks of BLOCK queries, each with the keys it reaches, to blocks of KEYS; mask and bias exist for
+           one block at a time, within ELEMENTS (or for 16 queries). Written out, a block at a time: softcap,
+           dropout, the backward of a table.
+Choice     PyTorch's kernel in fp32 beats a written-out block, and torch's math from S 64 on. Milliseconds of
+           its forward + backward in the inputs' dtype / the same in fp32, casts included: B * S 1024, H 8,
+           D 64, 1 thread of an AMD EPYC (Zen 4), torch 2.13, 2026-11-21 (bench/attention.py):
+               S      16         64         128        256        512        1024
+               bf16   34 / 7     23 / 11    28 / 17    31 / 28    52 / 54    83 / 99
+               fp16   26 / 7     68 / 11    132 / 17   229 / 28   438 / 53   877 / 103
+           So fp16 is cast, and bf16 up to WIDEN scores a head and where it goes in blocks.
 Limits     dropout draws a block's mask from the call's seed and the block's number: forward and backward take
            the same blocks, which follow from sizes and mask alone.
 Source     PyTorch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, whose traps are these: it scales after
@@ -17,6 +25,8 @@ Source     PyTorch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, whose tr
 import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +35,7 @@ from torch import Tensor
 from fxaccel.kernels import _score, _score_blocks
 
 BLOCK, KEYS = 128, 64
+TRIANGLE = 128  # queries that are one causal call, or twice that beyond 8 times that; more are halved
 ELEMENTS = 1 << 20  # of a block's scores or mask: 4 MiB in fp32
 WIDEN = 256 * 256  # scores a head, up to which a low precision is faster in fp32
 
@@ -52,7 +63,7 @@ class _Call:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """B, H, S, T."""
-        return *self.q.shape[:3], self.k.shape[2]  # type: ignore[return-value]
+        return *self.q.shape[:3], self.k.shape[2]
 
     @property
     def wide(self) -> torch.dtype:
@@ -62,7 +73,7 @@ class _Call:
     def empty(self) -> bool:
         return not (self.q.numel() and self.k.numel() and self.v.numel())
 
-    def added(self, mask: str, dtype: torch.dtype, **ranges: range) -> Tensor | None:
+    def added(self, mask: str, dtype: torch.dtype, **ranges: Any) -> Tensor | None:
         """Mask and bias as one tensor to add, of 4 dimensions."""
         total = None
         if self.bias:
@@ -72,6 +83,16 @@ class _Call:
             zero, least = torch.zeros((), dtype=dtype), torch.full((), -torch.inf, dtype=dtype)
             total = torch.where(keep, zero if total is None else total, least)
         return total
+
+    def added_block(self, reach: _score_blocks.Reach, **ranges: range) -> Tensor | None:
+        """The same for a block and the keys it reaches; the mask is asked where it hides some of them."""
+        keys, asked = range(reach.first, reach.stop), range(reach.left, reach.right)
+        if reach.whole or len(asked) == len(keys) or self.bias:
+            return self.added("" if reach.whole else self.mask, self.wide, k=keys, **ranges)
+        part = self.added(self.mask, self.wide, k=asked, **ranges)
+        return part if part is None else F.pad(
+            part.expand(*part.shape[:3], len(asked)), (reach.left - reach.first, reach.stop - reach.right)
+        )  # fmt: skip
 
 
 def launch_forward(
@@ -127,26 +148,26 @@ def launch_backward(
         delta = (dout.to(call.wide) * out).sum(-1)
         dsinks = -((sinks.to(call.wide)[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
     if call.empty:
-        grads = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        return (
-            *grads,
-            dsinks,
-            [torch.zeros_like(t) if w else None for t, w in zip(tables, wanted, strict=False)],
-        )  # type: ignore
+        zeros = [torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        dtables = [torch.zeros_like(t) if w else None for t, w in zip(tables, wanted[:-1], strict=True)]
+        return zeros[0], zeros[1], zeros[2], dsinks, dtables
     if softcap or dropout or any(wanted[:-1]):
-        *grads, dtables = _written_backward(call, dout, out, lse, wanted[:-1])
-        return *grads, dsinks, dtables  # type: ignore
+        dq, dk, dv, dtables = _written_backward(call, dout, out, lse, wanted[:-1])
+        return dq, dk, dv, dsinks, dtables
     if _widens(call):
         wide = replace(call, q=q.float(), k=k.float(), v=v.float())
-        grads = (g.to(q.dtype) for g in _flash_backward(wide, dout.float(), out.float(), lse))
+        dq, dk, dv = (g.to(q.dtype) for g in _flash_backward(wide, dout.float(), out.float(), lse))
     else:
-        grads = _flash_backward(call, dout, out, lse)
-    return *grads, dsinks, [None] * len(tables)  # type: ignore
+        dq, dk, dv = _flash_backward(call, dout, out, lse)
+    return dq, dk, dv, dsinks, [None] * len(tables)
 
 
 def _widens(call: _Call) -> bool:
+    """Whether it is faster in fp32, and not only as exact."""
+    if call.q.dtype not in (torch.bfloat16, torch.float16):
+        return False
     _, _, s, t = call.sizes
-    return call.q.dtype in (torch.bfloat16, torch.float16) and s * t <= WIDEN
+    return call.q.dtype == torch.float16 or s * t <= WIDEN or _one(call) is None
 
 
 # PyTorch's kernel
@@ -154,32 +175,69 @@ def _widens(call: _Call) -> bool:
 
 @dataclass(frozen=True)
 class _Part:
-    """One call of PyTorch's kernel: these queries, these keys, and what is added to their scores."""
+    """One call of PyTorch's kernel: these queries, these keys, and what is added to their scores.
+
+    A query's keys may lie in several parts: `again` says that its first came before.
+    """
 
     queries: slice
     keys: slice
     causal: bool
     added: Tensor | None
+    again: bool = False
+
+
+def _one(call: _Call) -> tuple[str, bool, torch.dtype] | None:
+    """How to do it in one part: what of the mask to add, whether it is causal, the dtype of what is added."""
+    rest, causal = _causal(call.mask, *call.sizes[2:])
+    view = None if rest else _view_dtype(call)
+    if view is None and "q" in _score.names(rest) | _score.names(call.bias):
+        return None
+    return rest, causal, view or call.wide
 
 
 def _parts(call: _Call) -> Iterator[_Part]:
     """The whole, or blocks of queries; queries that reach no key are left out."""
-    band = _score.band(call.mask)
-    causal = band.low is None and band.high == "0"
-    rest = band.rest if causal else call.mask
     s, t = call.sizes[2:]
-    view = None if rest else _view_dtype(call)
-    if view is not None or "q" not in _score.names(rest) | _score.names(call.bias):
-        yield _Part(slice(0, s), slice(0, t), causal, _unit(call.added(rest, view or call.wide)))
+    one = _one(call)
+    if one is not None:
+        rest, causal, dtype = one
+        if causal and not rest and not call.bias and min(s, t) > TRIANGLE and call.q.dtype == call.wide:
+            yield from _triangle(0, min(s, t), TRIANGLE if min(s, t) <= 8 * TRIANGLE else 2 * TRIANGLE)
+            if s > t:
+                yield _Part(slice(t, s), slice(0, t), False, None)
+        else:
+            yield _Part(slice(0, s), slice(0, t), causal, _unit(call.added(rest, dtype)))
         return
     step = _rows(call, _score.names(call.mask) | _score.names(call.bias))
     for i, reach in enumerate(_score_blocks.reach(call.mask, call.tables, call.sizes, step, KEYS)):
         queries = range(i * step, min(s, (i + 1) * step))
-        keys = range(reach.first, reach.stop)
-        if keys:
-            mask = "" if reach.whole else call.mask
-            added = _unit(call.added(mask, call.wide, q=queries, k=keys))
-            yield _Part(slice(queries.start, queries.stop), slice(keys.start, keys.stop), False, added)
+        if reach.first < reach.stop:
+            added = _unit(call.added_block(reach, q=queries))
+            yield _Part(slice(queries.start, queries.stop), slice(reach.first, reach.stop), False, added)
+
+
+def _triangle(start: int, stop: int, least: int) -> Iterator[_Part]:
+    """A causal square: two smaller ones, and the square below the first, which needs no mask."""
+    if stop - start <= least:
+        yield _Part(slice(start, stop), slice(start, stop), True, None)
+        return
+    middle = (start + stop) // 2
+    yield from _triangle(start, middle, least)
+    yield from _triangle(middle, stop, least)
+    yield _Part(slice(middle, stop), slice(start, middle), False, None, again=True)
+
+
+@lru_cache(1024)
+def _causal(mask: str, s: int, t: int) -> tuple[str, bool]:
+    """What the mask says beside being causal from the top left, and whether it is that."""
+    band = _score.band(mask)
+    low, high = band.limits(s, t)
+    if low is not None and low > 1 - s:
+        return mask, False
+    if high is None or high >= t - 1:
+        return band.rest, False
+    return (band.rest, True) if high == 0 else (mask, False)
 
 
 def _view_dtype(call: _Call) -> torch.dtype | None:
@@ -232,12 +290,18 @@ def _flash_forward(call: _Call) -> tuple[Tensor, Tensor]:
             out, lse = _joined(some[..., :e]), sums.contiguous()
             break
         if out is None or lse is None:
-            out = q.new_zeros(b, s, h, e).transpose(1, 2)
+            out = (q.new_zeros if _one(call) is None else q.new_empty)(b, s, h, e).transpose(1, 2)
             lse = sums.new_full((b, h, s), -torch.inf)
-        out[:, :, part.queries], lse[:, :, part.queries] = some[..., :e], sums
+        rows, logs = out[:, :, part.queries], lse[:, :, part.queries]
+        if part.again:
+            rows.lerp_(some[..., :e], (sums - logs).sigmoid_().unsqueeze(-1))
+            torch.logaddexp(logs, sums, out=logs)
+        else:
+            rows.copy_(some[..., :e])
+            logs.copy_(sums)
     if out is None or lse is None:
         return q.new_zeros(b, s, h, e).transpose(1, 2), q.new_full((b, h, s), torch.inf, dtype=call.wide)
-    none = _empty_rows(call, out)
+    none = _empty_rows(call, out, lse)
     if call.sinks is not None:
         total = torch.logaddexp(lse, call.sinks.to(call.wide)[:, None])
         out.mul_((lse - total).exp_().masked_fill_(none, 0.0).unsqueeze(-1))
@@ -245,11 +309,12 @@ def _flash_forward(call: _Call) -> tuple[Tensor, Tensor]:
     return out, lse.masked_fill_(none, torch.inf)
 
 
-def _empty_rows(call: _Call, out: Tensor) -> Tensor:
+def _empty_rows(call: _Call, out: Tensor, lse: Tensor) -> Tensor:
     """Which rows keep no key: by the mask, where out is 0. The kernel's lse is 0 there, as others' may be."""
-    none = ~out.any(-1)
-    if not none.any():
-        return none
+    none = ~(lse.abs() > 0) | lse.isinf()
+    if not (call.mask or call.bias) or not none.any():
+        return none & False
+    none &= ~out.any(-1)
     s = out.shape[2]
     step = _rows(call, _score.names(call.mask) | _score.names(call.bias))
     for start in range(0, s, step):
@@ -283,13 +348,14 @@ def _flash_backward(call: _Call, dout: Tensor, out: Tensor, lse: Tensor) -> tupl
             torch.zeros(q.shape, dtype=q.dtype),
             *(torch.zeros(x.shape, dtype=call.wide) for x in (k, v)),
         ]
-        sums[0][:, :, rows] = grads[0]
+        sums[0][:, :, rows] += grads[0]
         sums[1][:, :, keys] += grads[1]
         sums[2][:, :, keys] += grads[2]
     dq, dk, dv = sums or (torch.zeros(x.shape, dtype=q.dtype) for x in (q, k, v))
     if factor != 1.0:
         dq = dq * factor
-    return tuple(x[..., :w].to(q.dtype).contiguous() for x, w in ((dq, d), (dk, d), (dv, e)))  # type: ignore
+    dq, dk, dv = (x[..., :w].to(q.dtype).contiguous() for x, w in ((dq, d), (dk, d), (dv, e)))
+    return dq, dk, dv
 
 
 # written out
@@ -305,7 +371,7 @@ class _Tile:
     h: range
     q: range
     k: range
-    mask: str
+    reach: _score_blocks.Reach
 
     @property
     def rows(self) -> tuple[slice, ...]:
@@ -333,8 +399,7 @@ def _tiles(call: _Call) -> Iterator[_Tile]:
                 if reach.stop > reach.first:
                     yield _Tile(
                         number, range(b0, min(b, b0 + batches)), range(g0, g1), range(g0 * n, g1 * n),
-                        range(i * step, min(s, (i + 1) * step)), range(reach.first, reach.stop),
-                        "" if reach.whole else call.mask,
+                        range(i * step, min(s, (i + 1) * step)), range(reach.first, reach.stop), reach,
                     )  # fmt: skip
 
 
@@ -352,7 +417,7 @@ def _scores(call: _Call, tile: _Tile) -> tuple[Tensor, Tensor | None]:
     if call.softcap:
         capped = s.div_(call.softcap).tanh_()
         s = capped * call.softcap
-    added = call.added(tile.mask, call.wide, b=tile.b, h=tile.h, q=tile.q, k=tile.k)
+    added = call.added_block(tile.reach, b=tile.b, h=tile.h, q=tile.q)
     return s if added is None else s.add_(added), capped
 
 
@@ -413,9 +478,8 @@ def _written_backward(
         ds = _grouped(ds.mul_(call.scale), g)
         dq[tile.rows] = (ds @ k[tile.keys].to(call.wide)).view(dq[tile.rows].shape)
         dk[tile.keys] += ds.mT @ _grouped(q[tile.rows].to(call.wide), g)
-    low = (x.to(q.dtype) for x in (dq, dk, dv))
     rounded = [d if d is None else d.to(t.dtype) for d, t in zip(dtables, call.tables, strict=True)]
-    return *low, rounded  # type: ignore
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), rounded
 
 
 def _accumulate(dtable: Tensor, form: tuple[str, ...], ds: Tensor, tile: _Tile, S: int) -> None:

@@ -8,7 +8,8 @@ Cost       the part of a mask that is a band costs nothing: blocks outside of it
 Limits     D, E <= 256. Each output has one owner: no atomics, the same bits on every run. fp32 with D above
            64 is right but not fast: its tiles do not fit the registers.
 Layout     _flash_forward.py, _flash_backward.py, _flash_bias.py: the kernels. _flash_tiles.py: their parts.
-           _flash_source.py: functions made of mask and bias. _flash_lists.py: blocks that a mask keeps.
+           _flash_source.py: functions made of mask and bias. _flash_spans.py, _flash_lists.py: the
+           blocks that a mask keeps.
            _flash_blocks.py, _flash_tune.py: block sizes.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxaccel.kernels import _flash_bias, _flash_blocks, _flash_source, _score
+from fxaccel.kernels import _flash_bias, _flash_blocks, _flash_source, _flash_spans, _score
 from fxaccel.kernels._flash_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
 from fxaccel.kernels._flash_blocks import Config
 from fxaccel.kernels._flash_forward import forward_kernel
@@ -75,7 +76,8 @@ class Problem:
     def features(self) -> tuple[str, ...]:
         """What a kernel does besides plain attention."""
         has = {
-            "band": self.low is not None or self.high is not None,
+            "causal": self.high is not None and self.low is None,
+            "window": self.low is not None,
             "rest": bool(self.rest),
             "bias": bool(self.bias),
             "softcap": self.softcap is not None,
@@ -91,10 +93,15 @@ class Problem:
         steps = {f"{x}_steps": t.stride()[:3] for x, t in (("q", q), ("k", k), ("v", v))}
         keep_scale = 1.0 / (1.0 - self.dropout) if self.dropout < 1 else 0.0
         given = {"low": self.low, "high": self.high, "softcap": self.softcap}
-        return dict(zip(names, values, strict=True)) | steps | given | {
-            "dropout": self.dropout,
-            "keep_scale": keep_scale,
-        }
+        return (
+            dict(zip(names, values, strict=True))
+            | steps
+            | given
+            | {
+                "dropout": self.dropout,
+                "keep_scale": keep_scale,
+            }
+        )
 
     def options(self, config: Config, below: bool = False) -> dict[str, Any]:
         """Compile-time arguments; tiles may hold keys below 0 if `below`."""
@@ -130,7 +137,7 @@ class Problem:
         sizes = [-(-self.s // config.m), -(-self.t // config.n)]
         outer, inner = sizes[::-1] if transposed else sizes
         made = self.q.new_empty(batches, heads, outer, inner + 2, dtype=torch.int32)
-        test, chunk = _flash_source.blocks(self.rest, self.kinds)
+        test, chunk = _flash_spans.blocks(self.rest, self.kinds)
         list_kernel[(batches * heads * outer,)](
             made, self.tables, self.strides, heads, self.s, self.t, self.low, self.high,
             TEST=test, TRANSPOSED=transposed, CHUNK=chunk, BLOCK_M=config.m, BLOCK_N=config.n,
@@ -197,16 +204,17 @@ def launch_backward(
     p = Problem(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     if not (out.numel() and k.numel()):
-        zeros = (t.new_zeros(t.shape, dtype=torch.float32) if w else None for t, w in zip(tables, wanted))
+        zeros = (
+            t.new_zeros(t.shape, dtype=torch.float32) if w else None
+            for t, w in zip(tables, wanted[:-1], strict=True)
+        )
         dsinks = lse.new_zeros(p.h) if wanted[-1] else None
         return *(g.zero_() for g in grads), dsinks, [*zeros]
     given = p.arguments() | score_arguments(p, dout, out, lse)
     key_gradient(p, given, grads[1], grads[2], p.config("keys"))
     query_gradient(p, given, grads[0], p.config("queries"))
     dsinks = _sink_gradient(sinks, lse, given["delta_ptr"]) if wanted[-1] else None
-    dtables = [
-        _table_gradient(p, given, number) if wanted[number] else None for number in range(len(tables))
-    ]
+    dtables = [_table_gradient(p, given, number) if wanted[number] else None for number in range(len(tables))]
     return *grads, dsinks, dtables
 
 

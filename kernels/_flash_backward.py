@@ -34,7 +34,7 @@ def probabilities(
     left, right, dleft, dright, lse, delta, m, n, top, edge, place, row, seed_ptr, dropout, keep_scale,
     MASK: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P after dropout, dS after the softcap, and the softcap's tanh: [M, N] of q, k, dout, v, or transposed."""
+    """P after dropout, dS before the softcap, the softcap's tanh: [M, N] of q, k, dout, v, or transposed."""
     s, bent = scores(left, right, m, n, top, edge, place, MASK, BIAS, MASKED, PRECISION)
     p = tl.exp2(s - lse)
     dp = tl.dot(dleft, tl.trans(dright), input_precision=PRECISION)
@@ -59,7 +59,7 @@ def _queries_into_keys(
     MASK: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries left .. right, or the blocks listed there, contribute to dk and dv of a block of keys."""
+    """Add what the queries left .. right, or the blocks listed there, give to dk and dv of some keys."""
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     S, softcap = place[2], place[5]
     STEP: tl.constexpr = BLOCK_M if list_ptr is None else 1
@@ -86,7 +86,8 @@ def _queries_into_keys(
 @triton.jit(do_not_specialize=["S", "T", "low", "high"])
 def key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, list_ptr, tables, strides, dk_ptr, dv_ptr,
-    q_steps, k_steps, v_steps, dout_steps, list_steps, H, G, S, T, scale, softcap, low, high, dropout, keep_scale,
+    q_steps, k_steps, v_steps, dout_steps, list_steps, H, G, S, T,
+    scale, softcap, low, high, dropout, keep_scale,
     D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -108,7 +109,10 @@ def key_gradient_kernel(
     for member in range(0, H // G):
         h = g * (H // G) + member
         place = (b, h, S, T, scale, softcap, low, high, tables, strides)
-        queries, douts = q_ptr + b * q_steps[0] + h * q_steps[1], dout_ptr + b * dout_steps[0] + h * dout_steps[1]
+        queries, douts = (
+            q_ptr + b * q_steps[0] + h * q_steps[1],
+            dout_ptr + b * dout_steps[0] + h * dout_steps[1],
+        )
         lses, deltas = lse_ptr + (b * H + h) * S, delta_ptr + (b * H + h) * S
         rows_ptr = list_ptr
         if list_ptr is None:  # keys past the end give garbage in their own rows alone, which are not stored
@@ -118,9 +122,9 @@ def key_gradient_kernel(
             rest = outer
             if before is not None:
                 dk, dv = _queries_into_keys(
-                    dk, dv, k, v, edge, left, inner, rows_ptr, place, queries, q_steps[2], douts, dout_steps[2],
-                    lses, deltas, b * H + h, seed_ptr, dropout, keep_scale, D, E, MASK, BIAS, True,
-                    PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+                    dk, dv, k, v, edge, left, inner, rows_ptr, place, queries, q_steps[2],
+                    douts, dout_steps[2], lses, deltas, b * H + h, seed_ptr, dropout, keep_scale, D, E,
+                    MASK, BIAS, True, PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
                 )  # fmt: skip
         else:
             rows_ptr = list_ptr + listed(b, h, edge // BLOCK_N, list_steps)
@@ -174,7 +178,8 @@ def _keys_into_queries(
 @triton.jit(do_not_specialize=["S", "T", "low", "high"])
 def query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, list_ptr, tables, strides, dq_ptr,
-    q_steps, k_steps, v_steps, dout_steps, list_steps, H, G, S, T, scale, softcap, low, high, dropout, keep_scale,
+    q_steps, k_steps, v_steps, dout_steps, list_steps, H, G, S, T,
+    scale, softcap, low, high, dropout, keep_scale,
     D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -197,9 +202,9 @@ def query_gradient_kernel(
         rest = outer
         if low is not None:
             dq = _keys_into_queries(
-                dq, q, dout, lse, delta, top, left, inner, list_ptr, place, k_ptr, k_steps[2], v_ptr, v_steps[2],
-                b * H + h, seed_ptr, dropout, keep_scale, D, E, MASK, BIAS, True, PRECISION, DOT,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+                dq, q, dout, lse, delta, top, left, inner, list_ptr, place, k_ptr, k_steps[2],
+                v_ptr, v_steps[2], b * H + h, seed_ptr, dropout, keep_scale, D, E, MASK, BIAS, True,
+                PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
     else:
         list_ptr += listed(b, h, top // BLOCK_M, list_steps)

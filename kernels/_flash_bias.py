@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxaccel.kernels._flash_backward import probabilities, row_values
-from fxaccel.kernels._flash_tiles import head_of, tile
+from fxaccel.kernels._flash_tiles import tile
 from fxaccel.kernels._score import gradient_forms
 from fxaccel.kernels._triton import tl, triton
 
@@ -114,19 +114,16 @@ def relative_gradient_kernel(
     for share in range(0, ALL_B * ALL_H):
         b = (matrix // HEADS + share // ALL_H).to(tl.int64)
         h = (matrix % HEADS + share % ALL_H).to(tl.int64)
-        for top in range(start, stop, BLOCK_M):
-            near = _score_gradient(
-                b, h, top, top + least, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, tables, strides,
-                q_steps, k_steps, v_steps, dout_steps, H, G, S, T, scale, softcap, low, high, dropout, keep_scale,
+        for at in range(start // BLOCK_M * 2, tl.cdiv(stop, BLOCK_M) * 2):
+            top, next_tile = at // 2 * BLOCK_M, at % 2
+            edge = top + least + next_tile * BLOCK_N
+            ds = _score_gradient(
+                b, h, top, edge, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, tables, strides,
+                q_steps, k_steps, v_steps, dout_steps, H, G, S, T,
+                scale, softcap, low, high, dropout, keep_scale,
                 D, E, MASK, BIAS, PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
-            acc += tl.where(n >= m, near, 0.0)
-            far = _score_gradient(
-                b, h, top, top + least + BLOCK_N, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr,
-                tables, strides, q_steps, k_steps, v_steps, dout_steps, H, G, S, T, scale, softcap, low, high,
-                dropout, keep_scale, D, E, MASK, BIAS, PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-            acc += tl.where(n < m, far, 0.0)
+            acc += tl.where((n < m) == (next_tile > 0), ds, 0.0)
     at = tl.program_id(0).to(tl.int64) * BLOCK_M * BLOCK_N + m * BLOCK_N + n
     tl.store(dbias_ptr + at, acc)
 

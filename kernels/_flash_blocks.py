@@ -1,6 +1,6 @@
 """How many queries and keys a block of attention's kernels takes, by kernel, head size, features and GPU.
 
-    choose("forward", torch.bfloat16, 128, ("band",), device)      Config(m=128, n=64, warps=8, stages=3)
+    choose("forward", torch.bfloat16, 128, ("causal",), device)      Config(m=128, n=64, warps=8, stages=3)
 
 The tables hold blocks without register spills, which tests/kernels/test_compilation.py states. What
 `_flash_tune.tune` has found faster on this GPU stands in a file of the user's cache and goes before them.
@@ -32,16 +32,24 @@ Row = tuple[Config, Config, Config]
 
 BUSY = frozenset({"rest", "bias", "softcap", "dropout"})  # these need registers of their own
 HOPPER: dict[str, Row] = {
-    "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 8, 2)),
-    "forward, busy": (Config(64, 64, 8, 3), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    "keys": (Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
-    "keys, busy": (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    "forward": (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 32, 8, 2)),
+    "forward, window": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 32, 8, 2)),
+    "forward, busy": (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
+    "keys": (Config(32, 128, 8, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
+    "keys, window": (Config(32, 128, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 1)),
+    "keys, busy": (Config(32, 64, 8, 1), Config(64, 32, 8, 1), Config(16, 32, 8, 1)),
     "queries": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
-    "queries, busy": (Config(64, 32, 4, 1), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+    "queries, busy": (Config(64, 32, 4, 1), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
     "bias": (Config(64, 32, 8, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
-    "relative": (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
+    "relative": (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
 }
-AMPERE = HOPPER | {"forward": (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2))}
+AMPERE = HOPPER | {
+    "forward": (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
+    "forward, window": (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
+    "forward, busy": (Config(128, 64, 8, 3), Config(64, 32, 8, 2), Config(64, 32, 8, 1)),
+    "keys": (Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
+    "keys, window": (Config(32, 64, 8, 1), Config(32, 32, 8, 2), Config(32, 32, 8, 1)),
+}
 AMD: dict[str, Row] = {
     "forward": (Config(128, 64, 4, 1), Config(128, 32, 4, 1), Config(64, 32, 4, 1)),
     "keys": (Config(32, 64, 4, 1), Config(32, 64, 4, 1), Config(16, 32, 4, 1)),
@@ -102,8 +110,8 @@ def choose(
 def default(kernel: str, itemsize: int, width: int, features: tuple[str, ...], chip: str) -> Config:
     """The blocks of the tables."""
     table = FLOAT32 if itemsize == 4 else TABLES[chip]
-    busy = f"{kernel}, busy"
-    return table[busy if busy in table and not BUSY.isdisjoint(features) else kernel][bucket(width)]
+    kind = "busy" if not BUSY.isdisjoint(features) else "window" if "window" in features else ""
+    return table.get(f"{kernel}, {kind}", table[kernel])[bucket(width)]
 
 
 def path() -> Path:

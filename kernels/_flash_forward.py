@@ -1,6 +1,6 @@
 """The forward kernel of attention: one pass over the keys, with a running softmax.
 
-Shapes     q: [B, H, S, D]; k: [B, G, T, D]; v: [B, G, T, E]; out: [B, H, S, E]; lse: [B, H, S] in fp32, base 2.
+Shapes     q: [B, H, S, D]; k: [B, G, T, D]; v: [B, G, T, E]; out: [B, H, S, E]; lse: [B, H, S], base 2.
 Numerics   products take the operands' dtype and add in fp32; softmax in fp32; P is rounded to the operands'
            dtype before its product, as in FlashAttention; out rounds once.
 Cost       one pass over k and v for each BLOCK_M queries. Blocks outside of the mask are skipped; only blocks
@@ -22,7 +22,7 @@ def _attend(
     MASK: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys left .. right, or listed blocks left .. right, into a block of queries' running softmax."""
+    """Fold the keys left .. right, or the blocks listed there, into the softmax of a block of queries."""
     m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     T = place[3]
     STEP: tl.constexpr = BLOCK_N if list_ptr is None else 1
@@ -49,7 +49,8 @@ def _attend(
 @triton.jit(do_not_specialize=["S", "T", "low", "high"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, seed_ptr, list_ptr, tables, strides,
-    q_steps, k_steps, v_steps, out_steps, list_steps, H, G, S, T, scale, softcap, low, high, dropout, keep_scale,
+    q_steps, k_steps, v_steps, out_steps, list_steps, H, G, S, T,
+    scale, softcap, low, high, dropout, keep_scale,
     D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,

@@ -1,9 +1,9 @@
-"""Lists of the blocks that a mask keeps, where it is more than a band: made before the kernels that walk them.
+"""Lists of the blocks that a mask keeps, where it is more than a band, made for the kernels to walk.
 
     row of a list   [whole, partly, blocks kept whole ..., free places ..., blocks kept in part]
 
-Shapes     list: [B or 1, H or 1, outer blocks, 2 + inner blocks] in int32; a row for each block of queries, of
-           the blocks of keys that it sees, or (TRANSPOSED) for each block of keys of its queries.
+Shapes     list: [B or 1, H or 1, outer blocks, 2 + inner blocks] in int32; a row for each block of
+           queries, of blocks of keys; or (TRANSPOSED) for each block of keys, of blocks of queries.
 Cost       S * T / (BLOCK_M * BLOCK_N) * 4 bytes for each batch and head that the mask tells apart. A table
            that is read at both a query and a key is read once whole.
 """

@@ -1,7 +1,8 @@
 """What every attention kernel is made of: tiles, scores, the mask's band, the dropped weights.
 
-Shapes     left, right: [M, D] and [N, D] with m: [M, 1] and n: [1, N]; or all of it transposed, [N, M] of k and
-           q with m: [1, M] and n: [N, 1]. `place` is (b, h, S, T, scale, softcap, low, high, tables, strides).
+Shapes     left, right: [M, D] and [N, D] with m: [M, 1] and n: [1, N]; or all of it transposed, [N, M] of k
+           and q with m: [1, M] and n: [N, 1].
+           place: (b, h, S, T, scale, softcap, low, high, tables, strides).
 Numerics   scores in fp32, base 2. tanh is exact to 2 ulps where the operands are fp32, else to 1e-7.
 Source     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox; 7 rounds pass BigCrush);
            Moshier, Cephes 2.8 (tanhf's polynomial).
@@ -74,7 +75,7 @@ def scores(
     left, right, m, n, top, edge, place,
     MASK: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logits of queries top + m and keys edge + n, -inf where a query may not look; and the softcap's tanh."""
+    """Base-2 logits of queries top + m and keys edge + n, -inf where masked; and the softcap's tanh."""
     b, h, S, T, scale, softcap, low, high, tables, strides = place
     s = tl.dot(left, tl.trans(right), input_precision=PRECISION)
     bent = s
@@ -88,9 +89,9 @@ def scores(
     if MASKED:
         seen = edge + n < T
         if low is not None:
-            seen = seen & (n - m >= low + top - edge)
+            seen = seen & (edge + n >= top + low + m)
         if high is not None:
-            seen = seen & (n - m <= high + top - edge)
+            seen = seen & (edge + n <= top + high + m)
         if MASK is not None:
             seen = seen & MASK(b, h, top, edge, m, n, S, T, tables, strides)
         s = tl.where(seen, s, float("-inf"))

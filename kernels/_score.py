@@ -281,7 +281,7 @@ class _Values:
         for dim, index in enumerate(indices):
             at = len(axes)
             match index:
-                case ast.Constant(value=value):
+                case ast.Constant(value=int(value)):
                     table = table.select(at, value)
                 case ast.Name(id=name) if name in INDICES and name not in axes:
                     chosen = self.ranges[name]
@@ -359,8 +359,13 @@ def _tightest(name: str, bounds: list[str]) -> str | None:
     return reduce(lambda x, y: f"{name}({x}, {y})", dict.fromkeys(bounds)) if bounds else None
 
 
-_OPPOSITE = {
+_OPPOSITE: dict[type, type[ast.cmpop]] = {
     ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+}  # fmt: skip
+
+
+_MIRRORED: dict[type, type[ast.cmpop]] = {
+    ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE
 }  # fmt: skip
 
 
@@ -392,28 +397,26 @@ def _bounds(node: ast.expr) -> tuple[str | None, str | None] | None:
                 return None
             return below[0] or above[0], below[1] or above[1]
         case ast.Compare(left=left, ops=[op], comparators=[ast.Call(func=ast.Name(id="abs")) as right]):
-            swapped = {ast.Gt: ast.Lt, ast.GtE: ast.LtE}.get(type(op))
-            return _bounds(ast.Compare(right, [swapped()], [left])) if swapped else None
+            return _bounds(ast.Compare(right, [_MIRRORED.get(type(op), ast.Eq)()], [left]))
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             terms = _linear(ast.BinOp(left, ast.Sub(), right))
             return None if terms is None else _interval(terms, type(op))
     return None
 
 
-def _interval(terms: dict[str, int], op: type) -> tuple[str | None, str | None] | None:
+def _interval(terms: dict[str, int], op: type[ast.cmpop]) -> tuple[str | None, str | None] | None:
     """(low, high) of k - q where `terms` (op) 0."""
     sign = terms.pop("k", 0)
     if abs(sign) != 1 or terms.pop("q", 0) != -sign:
         return None
     terms = {name: -sign * n for name, n in terms.items()}  # k - q (op, turned if sign < 0) terms
     if sign < 0:
-        op = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}.get(op, op)
-    off = {ast.Lt: -1, ast.Gt: 1}.get(op, 0)
+        op = _MIRRORED.get(op, op)
+    off = -1 if op is ast.Lt else 1 if op is ast.Gt else 0
     bound = _written(terms | {"": terms.get("", 0) + off})
-    return {
-        ast.Lt: (None, bound), ast.LtE: (None, bound), ast.Gt: (bound, None), ast.GtE: (bound, None),
-        ast.Eq: (bound, bound),
-    }.get(op)  # fmt: skip
+    if op is ast.NotEq:
+        return None
+    return None if op in (ast.Lt, ast.LtE) else bound, None if op in (ast.Gt, ast.GtE) else bound
 
 
 def _linear(node: ast.expr) -> dict[str, int] | None:

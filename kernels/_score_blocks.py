@@ -21,11 +21,17 @@ Interval = tuple[Tensor, Tensor]
 
 
 class Reach(NamedTuple):
-    """For a block of queries: the keys from `first` to before `stop`, all of them kept if `whole`."""
+    """For a block of queries: the keys first .. stop, all of them kept but for those from left to right."""
 
     first: int
     stop: int
-    whole: bool
+    left: int
+    right: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether every query keeps every key."""
+        return self.left == self.right
 
 
 def reach(
@@ -48,18 +54,24 @@ def _reach(
     T = sizes[3]
     rows, columns = -(-sizes[2] // queries), -(-T // keys)
     if not mask or not T:
-        return (Reach(0, T, True),) * rows
+        return (Reach(0, T, 0, 0),) * rows
     surely, perhaps = _Intervals(tables, sizes, queries, keys).of(_score.parse(mask))
     found = []
     for sure, may in zip(
         surely.expand(rows, columns).tolist(), perhaps.expand(rows, columns).tolist(), strict=True
     ):
-        if True not in may:
-            found.append(Reach(0, 0, True))
-            continue
-        first, last = may.index(True), columns - 1 - may[::-1].index(True)
-        found.append(Reach(first * keys, min(T, (last + 1) * keys), all(sure[first : last + 1])))
+        first, stop = _span(may)
+        left, right = _span([not x for x in sure[first:stop]])
+        ends = first, stop, first + left, first + right
+        found.append(Reach(*(min(T, x * keys) for x in ends)))
     return tuple(found)
+
+
+def _span(flags: list[bool]) -> tuple[int, int]:
+    """From the first to after the last that is true; (0, 0) where none is."""
+    if True not in flags:
+        return 0, 0
+    return flags.index(True), len(flags) - flags[::-1].index(True)
 
 
 class _Intervals:
@@ -70,7 +82,7 @@ class _Intervals:
 
     def of(self, node: ast.expr) -> Interval:
         match node:
-            case ast.Constant(value=value):
+            case ast.Constant(value=int(value) | float(value)):
                 return self.point(value)
             case ast.Name(id=name):
                 return self.name(name)
@@ -83,7 +95,8 @@ class _Intervals:
                 return self.compare(op, left, right)
             case ast.BinOp(op=ast.BitAnd() | ast.BitOr() as op, left=left, right=right):
                 symbol = _score.OPERATORS["&" if isinstance(op, ast.BitAnd) else "|"]
-                return tuple(symbol(x, y) for x, y in zip(self.of(left), self.of(right), strict=True))  # type: ignore
+                (a, b), (c, d) = self.of(left), self.of(right)
+                return symbol(a, c), symbol(b, d)
             case ast.BinOp(op=op, left=left, right=right):
                 return self.arithmetic(op, self.of(left), self.of(right), self.kind(node))
             case ast.Call(func=ast.Name(id=name), args=args):

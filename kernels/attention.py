@@ -245,8 +245,9 @@ def _settle_gradients(
 def _spread_nan(none: Tensor, dtables: Sequence[Tensor | None], bias: str, t: int) -> None:
     """NaN at the entries that a row without keys reads, for whichever key."""
     for number, dtable in enumerate(dtables):
-        for form in _score.gradient_forms(bias, number) if dtable is not None else ():
-            dtable.masked_fill_(_hit(none, form, t), torch.nan)
+        if dtable is not None:
+            for form in _score.gradient_forms(bias, number):
+                dtable.masked_fill_(_hit(none, form, t), torch.nan)
 
 
 def _hit(none: Tensor, form: tuple[str, ...], t: int) -> Tensor:
@@ -276,7 +277,8 @@ def _seed(q: Tensor, dropout: float) -> Tensor:
     return seed.random_() if dropout else seed
 
 
-def _save(
+def _forward(
+    save: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -288,7 +290,6 @@ def _save(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
     empty: str = "zero",
-    save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse (each device's own, +inf for rows that keep no key) and the seed."""
     seed = _seed(q, dropout)
@@ -299,11 +300,15 @@ def _save(
     return out if settled else _settle(out, lse, v, empty), lse, seed
 
 
+def _save(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(True, *args)
+
+
 def compute(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     """Attention by the kernel of q's device. No checks: the caller has asked `unsupported`."""
     if q.dtype == torch.float64 and q.device.type == "cuda":
         return reference(q, k, v, *args)
-    return _save(q, k, v, *args, save=False)[0]
+    return _forward(False, q, k, v, *args)[0]
 
 
 def _backward(
@@ -459,8 +464,8 @@ def direct(
     empty: str = "zero",
 ) -> Tensor:
     """The op on CPU tensors, past the dispatcher where torch's own operator means the same."""
-    extras = bias or softcap or dropout or sinks is not None
-    if extras or mask not in ("", "k <= q") or scale <= 0:
+    extras = bias or softcap or dropout or sinks is not None or (mask and mask != "k <= q")
+    if extras or scale <= 0 or (mask and q.shape[2] > _attention_cpu.TRIANGLE):
         return op(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, None, 0.0, mask != "", scale=scale, enable_gqa=grouped)

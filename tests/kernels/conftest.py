@@ -12,9 +12,12 @@ from triton.language import random
 from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
-FLASH = ("_flash", "_flash_backward", "_flash_bias", "_flash_forward", "_flash_lists", "_flash_source", "_flash_tiles")
-OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in ("_rows", *FLASH)]
-GENERATED = [getattr(OURS[FLASH.index("_flash_source") + 1], name) for name in ("keep", "bias", "blocks")]
+from fxaccel.kernels import _flash_source, _flash_spans
+
+FLASH = ("backward", "bias", "forward", "lists", "source", "tiles")
+KERNELS = ("_rows", "_flash", *(f"_flash_{name}" for name in FLASH))
+OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in KERNELS]
+GENERATED = (_flash_source.keep, _flash_source.bias, _flash_spans.blocks)
 
 
 class _Interpreted(InterpretedFunction):
@@ -22,6 +25,13 @@ class _Interpreted(InterpretedFunction):
 
     def __call__(self, *args, **kwargs):
         return self.rewrite()(*args, **kwargs)
+
+
+def _forget_generated():
+    """Forget functions made for the one way to run, and rewrites that miss names which are taken back below."""
+    for function in GENERATED:
+        function.cache_clear()
+    InterpretedFunction.rewritten_fn.clear()
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +47,14 @@ def interpreter():
         patch.setenv("TRITON_INTERPRET", "1")
         for function in (tl.sum.fn, OURS[0].forward_kernel.fn):  # what they see: tl.core, tl
             _patch_lang(function)
-        for generated in GENERATED:  # what was made before was made to be compiled
-            generated.cache_clear()
+        _forget_generated()  # what was made before was made to be compiled
         patch.setattr(triton, "jit", _Interpreted)
         for module in (*OURS, tl, tl.standard, random):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     setattr(module, name, _Interpreted(value.fn))
         yield
-    for generated in GENERATED:
-        generated.cache_clear()
+    _forget_generated()
     for scope, names in zip(scopes, before, strict=True):  # the interpreter leaves its own changes behind
         for name in vars(scope).keys() - names.keys():
             delattr(scope, name)

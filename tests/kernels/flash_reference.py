@@ -1,4 +1,4 @@
-"""Attention with scores in full, written from the operator's meaning: what its Triton kernels are tested with.
+"""Attention with scores in full, written from its meaning: what the Triton kernels are tested with.
 
 Expressions are Python, evaluated as such over tensors of indices.
 """
@@ -84,12 +84,14 @@ def launched(case):
 
 
 def kept(case):
-    """Which weights dropout keeps, [B, H, S, T], read off the kernel: with v the identity, out is the weights."""
+    """Which weights dropout keeps, [B, H, S, T]: with v the identity, out is the weights."""
     if not case.dropout:
         return None
     t = case.k.shape[2]
     eye = torch.eye(t, device=case.q.device).to(case.q.dtype).expand(*case.k.shape[:2], t, t)
-    none = replace(case, v=eye, k=torch.zeros_like(case.k), mask="", bias="", sinks=None, softcap=0.0, tables=[])
+    none = replace(
+        case, v=eye, k=torch.zeros_like(case.k), mask="", bias="", sinks=None, softcap=0.0, tables=[]
+    )
     return _flash.launch_forward(*none.inputs, *none.rest)[0] > 0
 
 
@@ -126,7 +128,9 @@ def expected(case, f, keep=None):
     _, p = weights(case, f, keep, tables, sinks, q, k)
     out = p @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)
     extra = [x for x in (sinks, *tables) if x is not None and x.requires_grad]
-    grads = torch.autograd.grad(out, (q, k, v, *extra), case.dout.to(f), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        out, (q, k, v, *extra), case.dout.to(f), allow_unused=True, materialize_grads=True
+    )
     sources = [case.q, case.q, case.k, case.v]
     sources += [x for x, w in zip((case.sinks, *case.tables), (wanted[-1], *wanted), strict=False) if w]
     return [x.detach().to(source.dtype) for x, source in zip((out, *grads), sources, strict=True)]
@@ -155,7 +159,7 @@ def sums_of_terms(case, keep=None):
     return sums
 
 
-def compare(near, case, got=None):
+def compare(near, case, got=None, ulps=4):
     """Hold what the kernels give against fp64, allowing what eager mode in fp32 loses."""
     keep = kept(case)
     single = torch.float32
@@ -167,4 +171,4 @@ def compare(near, case, got=None):
         strict=True,
     )
     for got_, eager, exact, terms in found:
-        near(got_, eager, exact, terms, case.q.dtype)
+        near(got_, eager, exact, terms, case.q.dtype, ulps)

@@ -280,6 +280,14 @@ def relaid(x, layout):
     return x[:1].expand_as(x)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("s", "t"), [(300, 300), (300, 140), (140, 300), (257, 1)])
+def test_causal_squares(s, t, dtype, near):
+    q, k, v, dout = tensors(1, 4, 2, s, t, 16, 8, dtype)
+    compare(near, q, k, v, dout, [], "k <= q", "", torch.randn(4).to(dtype))
+    compare(near, q, k, v, dout, [], "k <= q", "")
+
+
 LAYOUTS = ["heads last", "columns first", "part of a wider tensor", "one batch for all"]
 
 

@@ -334,11 +334,13 @@ def test_reach_leaves_no_key_out(text, queries, keys):
     kept = _score.evaluate(text, TABLES, B, H, S, T).expand(B, H, S, T)
     found = _score_blocks.reach(text, TABLES, (B, H, S, T), queries, keys)
     assert len(found) == -(-S // queries)
-    for i, (first, stop, whole) in enumerate(found):
+    for i, (first, stop, left, right) in enumerate(found):
         rows = kept[:, :, i * queries : (i + 1) * queries]
+        assert 0 <= first <= left <= right <= stop <= T
         assert not rows[..., :first].any()
         assert not rows[..., stop:].any()
-        assert not whole or rows[..., first:stop].all()
+        assert rows[..., first:left].all()
+        assert rows[..., right:stop].all()
 
 
 CHUNKS = torch.arange(64).div(16, rounding_mode="floor").expand(2, -1)
@@ -365,3 +367,8 @@ def test_reach_is_narrow(text, keys, wholes):
     found = _score_blocks.reach(text, [CHUNKS], (2, 1, 64, 64), 16, 16)
     assert [r.stop - r.first for r in found] == keys
     assert sum(r.whole for r in found) == wholes
+
+
+def test_reach_asks_only_at_the_edge():
+    found = _score_blocks.reach("k <= q", [], (1, 1, 64, 64), 16, 16)
+    assert [(r.left, r.right) for r in found] == [(0, 16), (16, 32), (32, 48), (48, 64)]
