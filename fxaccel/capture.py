@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import operator
 import re
 import sys
 import traceback
@@ -31,13 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fxaccel.effects import eliminate_dead
 from fxaccel.errors import CaptureError
+from fxaccel.inline import INNER, MARK, Inliner, drop_mode_noise, is_user
 from fxaccel.ir import Program, Region, Slot, assumed, expr, source, target_name
 from fxaccel.structure import Opened, Structure, flatten, objects
-from fxaccel.tree import assignments, belongings, clone_tree, without_root_hooks
-
-_INNER = "model"  # attribute of the wrapper below; its prefix is taken off every name
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+from fxaccel.tree import assignments, belongings, clone_tree, ties, without_root_hooks
 
 
 class _Result:
@@ -53,7 +49,6 @@ class _Untraceable(Exception):
 
 
 _CHECKPOINT = inspect.unwrap(checkpoint).__code__
-_MARK = "fxaccel checkpoint"
 
 
 class _Checkpoints(TorchFunctionMode):
@@ -73,7 +68,7 @@ class _Checkpoints(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if call not in self.calls:
             self.calls.append(call)
-        with annotate({_MARK: self.calls.index(call) + 1}):
+        with annotate({MARK: self.calls.index(call) + 1}):
             return func(*args, **(kwargs or {}))
 
 
@@ -267,7 +262,7 @@ def _quiet() -> Iterator[None]:
 def explain(error: BaseException) -> CaptureError:
     """The CaptureError for a failed export: what failed, at which of the user's lines."""
     frames = traceback.extract_tb(error.__traceback__)
-    where = next((f for f in reversed(frames) if _is_user(f.filename)), None)
+    where = next((f for f in reversed(frames) if is_user(f.filename)), None)
     at = f" at {Path(where.filename).name}:{where.lineno}: {where.line}" if where else ""
     failure = CaptureError(
         f"expected a model that can be captured as one graph, got {type(error).__name__}{at}: "
@@ -281,10 +276,6 @@ def explain(error: BaseException) -> CaptureError:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def _is_user(filename: str) -> bool:
-    return not filename.startswith((_TORCH, _HERE, "<", "fxaccel ")) and "importlib" not in filename
 
 
 # -- from ExportedProgram to Program ---------------------------------------------------------------
@@ -316,7 +307,7 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
             )
         new.meta = {"val": node.meta["val"], "path": "", "source": "", "regions": ()}
         env[node] = new
-    inliner = _Inliner(graph, exported.graph_module)
+    inliner = Inliner(graph, exported.graph_module)
     result = inliner.inline(exported.graph, exported.graph_module, env, ())
     graph.output(tuple(_outputs(result, signature)))
     eliminate_dead(graph)
@@ -347,7 +338,7 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
                 f"{target_name(node.target)} at {source(node)}: no pass looks into its bodies"
             )
     _read_symbols(program, exported, example)
-    _drop_mode_noise(program)
+    drop_mode_noise(program)
     return program
 
 
@@ -356,7 +347,7 @@ def _slot(kind: InputKind, target: str | None) -> Slot | None:
         return None
     assert target is not None, "state has a name"
     kinds = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}
-    return Slot(kinds.get(kind, "constant"), target.removeprefix(_INNER + "."))  # type: ignore[arg-type]
+    return Slot(kinds.get(kind, "constant"), target.removeprefix(INNER + "."))  # type: ignore[arg-type]
 
 
 def _identifier(slot: Slot) -> str:
@@ -380,109 +371,6 @@ def _outputs(result: list[Any], signature: Any) -> list[Any]:
     ]
 
 
-class _Inliner:
-    """Copies a graph with the bodies of no_grad and autocast regions written out, their nodes labelled."""
-
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
-        self.graph, self.root, self.count = graph, root, 0
-
-    def inline(
-        self, body: fx.Graph, owner: nn.Module, env: dict[fx.Node, Any], regions: tuple[Region, ...]
-    ) -> list[Any]:
-        for node in body.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.op == "output":
-                return list(fx.map_arg(node.args[0], lambda n: env[n]))
-            region, inner = self.region_of(node, owner)
-            if region is not None:
-                around = self.checkpoint_around(inner[1], regions)
-                given = fx.map_arg(node.args[inner[0] + 1 :], lambda n: env[n])
-                inside = {
-                    p: a for p, a in zip(inner[1].graph.find_nodes(op="placeholder"), given, strict=True)
-                }
-                env[node] = self.inline(inner[1].graph, inner[1], inside, (*regions, *around, region))
-            elif getattr(node.target, "__name__", "") == "getitem" and isinstance(
-                env.get(node.args[0]), list
-            ):
-                env[node] = env[node.args[0]][node.args[1]]
-            else:
-                env[node] = self.copy(node, owner, env, regions)
-        raise AssertionError("a graph ends in an output")
-
-    def region_of(self, node: fx.Node, owner: nn.Module) -> tuple[Region | None, Any]:
-        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
-        if at is None:
-            return None, None
-        kind = "grad" if at == 1 else "autocast"
-        self.count += 1
-        return Region(kind, self.count, tuple(node.args[:at])), (at, getattr(owner, node.args[at].target))
-
-    def checkpoint_around(self, body: Any, regions: tuple[Region, ...]) -> tuple[Region, ...]:
-        """The checkpoint that all of a region's body lies in, unless `regions` hold it already."""
-        marks = set(self.marks(body))
-        if len(marks) > 1 or not all(marks) or any(r.kind == "checkpoint" for r in regions):
-            return ()
-        return tuple(Region("checkpoint", m) for m in marks)
-
-    def marks(self, body: Any) -> Iterator[int]:
-        """The number of the checkpoint that each operator of a body lies in, 0 for none."""
-        for node in body.graph.nodes:
-            region, inner = self.region_of(node, body)
-            if region is not None:
-                yield from self.marks(inner[1])
-            elif node.op == "call_function" and node.target is not operator.getitem:
-                yield _mark(node)
-
-    def copy(
-        self, node: fx.Node, owner: nn.Module, env: dict[fx.Node, Any], regions: tuple[Region, ...]
-    ) -> fx.Node:
-        new = self.graph.node_copy(node, lambda n: env[n])
-        if node.op == "get_attr" and owner is not self.root:  # a control-flow body inside a region
-            new.target = f"region{self.count}_{node.target}".replace(".", "_")
-            setattr(self.root, new.target, getattr(owner, node.target))
-        stack = node.meta.get("nn_module_stack") or {}
-        path = list(stack.values())[-1][0] if stack else ""
-        path = path.removeprefix(_INNER).removeprefix(".")
-        if _mark(node) and not any(r.kind == "checkpoint" for r in regions):
-            regions = (*regions, Region("checkpoint", _mark(node)))
-        new.meta = {
-            "val": node.meta.get("val"),
-            "path": re.sub(r"@\d+", "", path),
-            "source": user_line(node.meta.get("stack_trace")),
-            "regions": regions,
-        }
-        return new
-
-
-def _mark(node: fx.Node) -> int:
-    """Which call of torch.utils.checkpoint the node of an exported graph was traced in, 0 for none."""
-    return (node.meta.get("custom") or {}).get(_MARK, 0)
-
-
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-
-
-def user_line(stack_trace: str | None) -> str:
-    """`file.py:12` of the innermost frame that is neither torch's nor ours, "" where there is none."""
-    for match in reversed(list(_FRAME.finditer(stack_trace or ""))):
-        if _is_user(match["file"]):
-            return f"{Path(match['file']).name}:{match['line']}"
-    return ""
-
-
-def ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of names under which one parameter or buffer stands more than once."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]:
-        groups.setdefault(id(tensor), []).append(name)
-    return tuple(tuple(g) for g in groups.values() if len(g) > 1)
-
-
 def _read_symbols(program: Program, exported: ExportedProgram, example: Call) -> None:
     """Where each size symbol is read from, its example value, and the conditions on all of them."""
     guards: list[str] = []
@@ -501,16 +389,3 @@ def _read_symbols(program: Program, exported: ExportedProgram, example: Call) ->
                 guards.append(f"{symbol} <= {bounds.upper}")
     program.guards = tuple(dict.fromkeys(guards))
     program.guards += assumed(program)
-
-
-def _drop_mode_noise(program: Program) -> None:
-    """Take out `grad` regions that only repeat the gradient mode the whole graph is run in."""
-    for node in program.graph.nodes:
-        kept, grad = [], program.grad
-        for region in node.meta.get("regions", ()):
-            if region.kind == "grad":
-                if region.args[0] == grad:
-                    continue
-                grad = region.args[0]
-            kept.append(region)
-        node.meta["regions"] = tuple(kept)

@@ -107,3 +107,14 @@ def _copy(before: Tensor, after: Tensor, name: str) -> None:
 
 def _other_attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in module.__dict__.items() if k not in _MODULE_ATTRIBUTES}
+
+
+def ties(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of names under which one parameter or buffer stands more than once."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
+        groups.setdefault(id(tensor), []).append(name)
+    return tuple(tuple(g) for g in groups.values() if len(g) > 1)
