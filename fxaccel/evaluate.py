@@ -91,7 +91,7 @@ def calmed(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with nothing dropped."""
     if not dropped(node):
         return node.args, dict(node.kwargs)
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     args = [0.0 if names[i] in _PROBABILITY else a for i, a in enumerate(node.args)]
     return tuple(args), {k: 0.0 if k in _PROBABILITY else v for k, v in node.kwargs.items()}
 
@@ -124,7 +124,7 @@ def run_nodes(
     nodes: Iterable[fx.Node], env: dict[fx.Node, Any], root: torch.nn.Module, *, double: bool = False,
     still: bool = False,
 ) -> None:  # fmt: skip
-    """Evaluate `nodes`, which are in topological order, reading and extending `env`; drop nothing if `still`."""
+    """Evaluate `nodes`, in topological order, reading and extending `env`; drop nothing if `still`."""
     for node in nodes:
         if node.op == "get_attr":
             env[node] = getattr(root, str(node.target))

@@ -1,32 +1,30 @@
 """The value of a graph's node as a function of its indices: `value[i, j, ...]` as an expression.
 
 A mask of [B, 1, S, T] built from arange, comparisons and views is a function of four numbers, and what it
-says ("k <= q") can be read off that function where a tensor of its values says nothing. `Reader.read(node,
-indices)` walks back from a node through views and elementwise operators and returns a tree of
+says ("k <= q") can be read off that function where a tensor of its values says nothing. fxaccel.reading walks
+back from a node through views and elementwise operators; here is what it finds, a tree of
 
     Affine   an integer: a linear combination of index symbols and sizes
     Const    another number, or a truth value
     Read     an element of a node that is not looked into: data, at the indices given
     Call     an elementwise ATen operator on such values, with the dtype of its result
 
-Nothing is approximated: an operator that is not understood makes its node a Read of itself. A node that
-depends on data is looked into only as far as its indices mix the two symbols of `mixed` (a query and a key):
-what depends on one of them is small, and is left as the tensor of its natural size.
+and the arithmetic on it: integers stay linear, comparisons are decided where the ranges of their indices say
+so, and an operator on `where(c, number, number)` is taken into the branches.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxaccel.ir import arguments, expr
+from fxaccel.ir import expr
 
 aten = torch.ops.aten
 
@@ -183,11 +181,17 @@ _AND = {aten.bitwise_and.Tensor, aten.logical_and.default}
 _OR = {aten.bitwise_or.Tensor, aten.logical_or.default}
 _NOT = {aten.bitwise_not.default, aten.logical_not.default}
 _WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
-_ELEMENTWISE = {
-    aten.to.dtype, *_WHERE, aten.floor_divide.default, aten.div.Tensor_mode, aten.div.Scalar_mode,
-    aten.remainder.Scalar, aten.remainder.Tensor, aten.fmod.Scalar,
+ELEMENTWISE = {
+    aten.to.dtype,
+    *_WHERE,
+    aten.floor_divide.default,
+    aten.div.Tensor_mode,
+    aten.div.Scalar_mode,
+    aten.remainder.Scalar,
+    aten.remainder.Tensor,
+    aten.fmod.Scalar,
 }  # among those that have no tag for it
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def conjunction(a: Value, b: Value) -> Value:
@@ -220,7 +224,7 @@ def negation(a: Value) -> Value:
     if isinstance(a, Call) and a.target in _COMPARE:
         name = _COMPARE[a.target]
         if name in ("eq", "ne") or not any(map(_may_be_nan, a.args)):
-            return compare(_OPPOSITE[name], *a.args, None)
+            return compare(_OPPOSITE[name], a.args[0], a.args[1], None)
     return Call(aten.bitwise_not.default, (a,), torch.bool)
 
 
@@ -290,19 +294,19 @@ def elementwise(
 
     An operator on `where(c, number, number)` is taken into the branches.
     """
-    whole = _integer(target, args, kwargs) if dtype in _INTEGERS else None
+    whole = _integer(target, args, kwargs) if dtype in INTEGERS else None
     if whole is not None:
         return Affine(sympy.expand(whole))
     logical = _logical(target, args, dtype, known)
     if logical is not None:
         return logical
     args = [select(a, number(1, dtype), number(0, dtype), dtype) if _is_truth(a) else a for a in args]
-    if all(_is_number(a) for a in args):
+    if all(is_number(a) for a in args):
         return _computed(target, args, kwargs, dtype)
     branches = [a for a in args if isinstance(a, Call) and a.target is aten.where.self]
-    if len(branches) == 1 and all(a is branches[0] or _is_number(a) for a in args):
+    if len(branches) == 1 and all(a is branches[0] or is_number(a) for a in args):
         (c, *ab) = branches[0].args
-        if all(map(_is_number, ab)):
+        if all(map(is_number, ab)):
             left, right = (
                 elementwise(target, [x if a is branches[0] else a for a in args], kwargs, dtype, known)
                 for x in ab
@@ -311,19 +315,21 @@ def elementwise(
     return Call(target, tuple(args), dtype, tuple(sorted(kwargs.items())))
 
 
-def _is_number(a: Any) -> bool:
+def is_number(a: Any) -> bool:
+    """Whether a value, or an argument, is a number."""
     if isinstance(a, Affine):
         return bool(a.of.is_number)
     return not isinstance(a, (Read, Call))
 
 
-def _plain(a: Any) -> Any:
+def plain(a: Any) -> Any:
+    """The Python number that a value is."""
     return int(a.of) if isinstance(a, Affine) else a.value if isinstance(a, Const) else a
 
 
 def number(value: Any, dtype: torch.dtype) -> Value:
     """A literal as a value."""
-    integral = dtype in _INTEGERS and not isinstance(value, bool)
+    integral = dtype in INTEGERS and not isinstance(value, bool)
     if integral and float(value).is_integer():
         return Affine(sympy.Integer(int(value)))
     if dtype is torch.bool:
@@ -333,7 +339,7 @@ def number(value: Any, dtype: torch.dtype) -> Value:
 
 def _computed(target: Any, args: Sequence[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Value:
     """The operator run on numbers, as 0-d tensors of the dtypes they have in the graph."""
-    given = [_plain(a) for a in args]
+    given = [plain(a) for a in args]
     for i, a in enumerate(args):
         if isinstance(a, (Affine, Const)) or i == 0:
             wide = isinstance(given[i], float) and not isinstance(given[i], bool)
@@ -342,14 +348,18 @@ def _computed(target: Any, args: Sequence[Any], kwargs: dict[str, Any], dtype: t
     return number(target(*given, **kwargs).to(dtype).item(), dtype)
 
 
+def _linear(a: Any) -> sympy.Expr | None:
+    return a.of if isinstance(a, Affine) else sympy.Integer(a) if type(a) is int else None
+
+
 def _integer(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> sympy.Expr | None:
     """The operator as integer arithmetic that stays linear, None if it does not."""
     if kwargs or not args:
         return None
     if target is aten.to.dtype:
         return args[0].of if isinstance(args[0], Affine) else None
-    terms = [a.of if isinstance(a, Affine) else sympy.sympify(a) if type(a) is int else None for a in args]
-    if any(t is None for t in terms):
+    terms = [t for a in args if (t := _linear(a)) is not None]
+    if len(terms) < len(args):
         return None
     if target is aten.neg.default:
         return -terms[0]
@@ -370,8 +380,8 @@ def _integer(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> sympy.
 def _logical(target: Any, args: Sequence[Any], dtype: torch.dtype, known: Range) -> Value | None:
     """Comparisons, connectives and choices, which have simplifications of their own."""
     if target in _COMPARE:
-        a, b = (x if isinstance(x, (Affine, Const, Read, Call)) else _literal(x) for x in args)
-        branch = _compared_branches(target, a, b, known) or _compared_truth(_COMPARE[target], a, b)
+        a, b = (x if isinstance(x, (Affine, Const, Read, Call)) else literal(x) for x in args)
+        branch = compared_branches(target, a, b, known) or _compared_truth(_COMPARE[target], a, b)
         return branch or compare(_COMPARE[target], a, b, known)
     if target in _WHERE:
         a, b = (x if isinstance(x, (Affine, Const, Read, Call)) else number(x, dtype) for x in args[1:])
@@ -389,7 +399,8 @@ def _logical(target: Any, args: Sequence[Any], dtype: torch.dtype, known: Range)
     return None
 
 
-def _literal(x: Any) -> Value:
+def literal(x: Any) -> Value:
+    """A Python number as a value."""
     whole = not isinstance(x, bool) and float(x).is_integer()
     return Affine(sympy.Integer(int(x))) if whole else Const(x)
 
@@ -402,14 +413,14 @@ def _is_truth(a: Any) -> bool:
     return isinstance(a, Call) and a.dtype is torch.bool
 
 
-def _compared_branches(target: Any, a: Value, b: Value, known: Range) -> Value | None:
+def compared_branches(target: Any, a: Value, b: Value, known: Range) -> Value | None:
     """where(c, x, y) compared with a number, x and y being numbers: c, its negation, or a truth value."""
-    if not (isinstance(a, Call) and a.target is aten.where.self and _is_number(b)):
+    if not (isinstance(a, Call) and a.target is aten.where.self and is_number(b)):
         return None
     c, x, y = a.args
-    if not (_is_number(x) and _is_number(y)):
+    if not (is_number(x) and is_number(y)):
         return None
-    left, right = (bool(getattr(operator, _COMPARE[target])(_plain(v), _plain(b))) for v in (x, y))
+    left, right = (bool(getattr(operator, _COMPARE[target])(plain(v), plain(b))) for v in (x, y))
     return select(c, Const(left), Const(right), torch.bool) if left == right else c if left else negation(c)
 
 
@@ -418,419 +429,3 @@ def _compared_truth(name: str, a: Value, b: Value) -> Value | None:
     if not (_is_truth(a) and b in (ZERO, Affine(sympy.Integer(1))) and name in ("eq", "ne")):
         return None
     return negation(a) if (name == "eq") == (b == ZERO) else a
-
-
-# -- reading -----------------------------------------------------------------------------------------
-
-_FULL = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
-_ONES = {aten.ones.default, aten.ones_like.default, aten.new_ones.default}
-_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
-_SAME = {
-    aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
-    aten.expand_as.default, aten.to.device, aten.lift_fresh_copy.default,
-}  # fmt: skip
-
-
-class Reader:
-    """Reads nodes of one graph; `mixed` are the two symbols whose meeting makes a tensor worth opening."""
-
-    def __init__(
-        self,
-        known: Range,
-        mixed: tuple[sympy.Symbol, sympy.Symbol],
-        frozen: Iterable[fx.Node] = (),
-        numbers: Mapping[fx.Node, Any] | None = None,
-    ) -> None:
-        self.known, self.mixed = known, frozenset(mixed)
-        self.frozen = frozenset(frozen)  # nodes whose storage is written to
-        self.numbers = numbers or {}  # nodes that are one constant
-        self.opened: dict[fx.Node, None] = {}  # nodes looked into, in the order of the visits
-        self.constant: dict[fx.Node, bool] = {}
-
-    def read(self, node: fx.Node, at: Sequence[Value]) -> Value:
-        """The element of `node` at indices `at`, one for each dimension."""
-        shape = node.meta["val"].shape
-        where = tuple(ZERO if dimension(s) == 1 else i for s, i in zip(shape, at, strict=True))
-        if node in self.numbers:
-            return number(self.numbers[node], node.meta["val"].dtype)
-        meet = self.mixed <= frozenset().union(*map(symbols, where)) if where else False
-        if node.op != "call_function" or node in self.frozen:
-            return Read(node, where)
-        if not (meet or self.pure(node)) and node.target not in _VIEWS:
-            return Read(node, where)
-        value = self.opened_at(node, where)
-        if value is None:
-            return Read(node, where)
-        self.opened[node] = None
-        return value
-
-    def pure(self, node: fx.Node) -> bool:
-        """Whether the node depends on sizes alone, on no data."""
-        if node not in self.constant:
-            self.constant[node] = node.op == "call_function" and all(
-                not isinstance(n.meta.get("val"), Tensor) or self.pure(n) for n in node.all_input_nodes
-            ) and (bool(node.all_input_nodes) or node.target in _CREATE)  # fmt: skip
-        return self.constant[node]
-
-    def opened_at(self, node: fx.Node, at: Indices) -> Value | None:
-        """The element through the operator of `node`, None where that is not understood."""
-        target = node.target
-        if target is operator.getitem:
-            return self.part(node, at)
-        if not isinstance(target, torch._ops.OpOverload):
-            return None
-        a = arguments(node)
-        if target in _SAME:
-            return self.read(a.get("self", node.args[0]), at)
-        step = _STEPS.get(target)
-        if step is not None:
-            return step(self, node, a, at)
-        random = torch.Tag.nondeterministic_seeded in target.tags
-        if target in _ELEMENTWISE or (torch.Tag.pointwise in target.tags and not random):
-            return self.pointwise(node, a, at)
-        return None
-
-    def pointwise(self, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-        schema = {s.name: s.kwarg_only for s in node.target._schema.arguments}
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        given = {**a, "dtype": a["dtype"]} if node.target is aten.to.dtype else a
-        for name, arg in given.items():
-            if isinstance(arg, fx.Node):
-                val = arg.meta["val"]
-                arg = self.read(arg, at[len(at) - val.dim() :]) if isinstance(val, Tensor) else _size(val)
-            elif isinstance(arg, (list, tuple)):
-                return None
-            if schema[name]:
-                kwargs[name] = arg
-            else:
-                args.append(arg)
-        dtype = node.meta["val"].dtype
-        if node.target is aten.to.dtype:
-            return self.cast(args[0], node.args[0].meta["val"].dtype, dtype)
-        if kwargs.get("alpha") == 1:
-            kwargs.pop("alpha")
-        kwargs = {k: v for k, v in kwargs.items() if v is not None}
-        if any(isinstance(v, (Affine, Const, Read, Call)) for v in kwargs.values()):
-            return None
-        while args and args[-1] is None:
-            args.pop()
-        return elementwise(node.target, args, kwargs, dtype, self.known)
-
-    def cast(self, x: Value, old: torch.dtype, new: torch.dtype) -> Value:
-        if old == new or (new in _INTEGERS and isinstance(x, Affine)):
-            return x
-        if _is_number(x):
-            return number(_plain(x), new) if new.is_floating_point or new is torch.bool else _literal(
-                int(_plain(x))
-            )  # fmt: skip
-        if old is torch.bool and new is not torch.bool:
-            return select(x, number(1, new), number(0, new), new)
-        if new is torch.bool and isinstance(x, Call) and x.target is aten.where.self:
-            branch = _compared_branches(aten.ne.Scalar, x, ZERO, self.known)
-            if branch is not None:
-                return branch
-        return elementwise(aten.to.dtype, (x, new), {}, new, self.known)
-
-    # -- one operator each ----------------------------------------------------------------------------
-
-    def part(self, node: fx.Node, at: Indices) -> Value | None:
-        whole, i = node.args
-        if not isinstance(whole, fx.Node) or not isinstance(whole.target, torch._ops.OpOverload):
-            return None
-        a = arguments(whole)
-        dim = a.get("dim", 0)
-        if whole.target is aten.unbind.int:
-            return self.read(a["self"], (*at[:dim], _int(i), *at[dim:]))
-        if whole.target is aten.split.Tensor:
-            start = _size(a["split_size"]).of * i
-        elif whole.target is aten.split_with_sizes.default:
-            start = sum((_size(s).of for s in a["split_sizes"][:i]), sympy.Integer(0))
-        else:
-            return None
-        self.opened[whole] = None
-        return self.read(a["self"], _shifted(at, dim, start))
-
-    def reshape(self, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-        source = a["self"]
-        into = tuple(map(dimension, source.meta["val"].shape))
-        moved = self.reshaped(tuple(map(dimension, node.meta["val"].shape)), into, at)
-        return None if moved is None else self.read(source, moved)
-
-    def reshaped(
-        self, shape: Sequence[sympy.Expr], into: Sequence[sympy.Expr], at: Indices
-    ) -> Indices | None:
-        """Where element `at` of a tensor of `shape` lies in the same tensor viewed as `into`."""
-        moved: list[Value] = []
-        for left, right in groups(shape, into):
-            if right == [-1]:
-                return None
-            here = [at[i] for i in left]
-            sizes = [shape[i] for i in left]
-            if not all(isinstance(x, Affine) for x in here):
-                return None
-            flat = sympy.Integer(0)
-            for x, n in zip(here, sizes, strict=True):
-                flat = flat * n + x.of  # type: ignore[union-attr]
-            split = self.unflattened(sympy.expand(flat), [into[j] for j in right])
-            if split is None:
-                return None
-            moved += split
-        return tuple(moved) if len(moved) == len(into) else None
-
-    def unflattened(self, flat: sympy.Expr, sizes: list[sympy.Expr]) -> list[Value] | None:
-        found: list[Value] = []
-        for n in reversed(sizes[1:]):
-            parts = self.known.divided(flat, n)
-            if parts is None:
-                return None
-            flat, rest = parts
-            found.append(Affine(rest))
-        return [Affine(flat), *reversed(found)] if sizes else []
-
-    def cat(self, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-        dim = a["dim"] % len(at)
-        start = sympy.Integer(0)
-        pieces: list[tuple[Value, Value]] = []
-        here = at[dim]
-        if not isinstance(here, Affine):
-            return None
-        for tensor in a["tensors"]:
-            size = dimension(tensor.meta["val"].shape[dim])
-            end = compare("lt", here, Affine(start + size), self.known)
-            pieces.append((end, self.read(tensor, _shifted(at, dim, -start))))
-            start += size
-        value = pieces[-1][1]
-        for condition, piece in reversed(pieces[:-1]):
-            value = select(condition, piece, value, node.meta["val"].dtype)
-        return value
-
-    def triangle(self, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-        row, col = at[-2:]
-        if not (isinstance(row, Affine) and isinstance(col, Affine)):
-            return None
-        name = "le" if node.target is aten.tril.default else "ge"
-        inside = compare(name, Affine(col.of - row.of), _size(a["diagonal"]), self.known)
-        dtype = node.meta["val"].dtype
-        x = self.read(a["self"], at)
-        if dtype is torch.bool:
-            return conjunction(inside, x)
-        return select(inside, x, number(0, dtype), dtype)
-
-    def looked_up(self, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-        """`table[indices]`, each index a tensor of its own or a whole dimension."""
-        source, given = a["self"], list(a["indices"])
-        chosen = [i for i, x in enumerate(given) if x is not None]
-        if not chosen or chosen != list(range(chosen[0], chosen[-1] + 1)):
-            return None  # dimensions change places
-        if any(given[i].meta["val"].dtype is torch.bool for i in chosen):
-            return None
-        rank = max(given[i].meta["val"].dim() for i in chosen)
-        first = chosen[0]
-        inner = at[first : first + rank]
-        found = [self.read(given[i], inner[rank - given[i].meta["val"].dim() :]) for i in chosen]
-        return self.read_within(source, (*at[:first], *found, *at[first + rank :]))
-
-    def embedded(self, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-        return self.read_within(a["weight"], (self.read(a["indices"], at[:-1]), at[-1]))
-
-    def read_within(self, source: fx.Node, at: Indices) -> Value | None:
-        """An element at computed indices; they are in range only as far as the graph's own operator checks
-        them, so the element is known where they are plain and the sizes agree."""
-        for i, size in zip(at, source.meta["val"].shape, strict=True):
-            inside = isinstance(i, Affine) and self.known.nonnegative(i.of)
-            if not (inside and self.known.nonnegative(dimension(size) - 1 - i.of)):  # type: ignore[union-attr]
-                return Read(source, at)
-        return self.read(source, at)
-
-
-def groups(a: Sequence[sympy.Expr], b: Sequence[sympy.Expr]) -> Iterator[tuple[list[int], list[int]]]:
-    """The shortest runs of dimensions of two shapes of one tensor that hold equally many elements."""
-    i = j = 0
-    while i < len(a) or j < len(b):
-        left, right = ([i] if i < len(a) else []), ([j] if j < len(b) else [])
-        i, j = i + len(left), j + len(right)
-        p = math.prod((a[x] for x in left), start=sympy.Integer(1))
-        r = math.prod((b[x] for x in right), start=sympy.Integer(1))
-        while sympy.expand(p - r) != 0:
-            ratio = sympy.cancel(p / r)
-            smaller = ratio < 1 if ratio.is_number else not ratio.is_polynomial()
-            if (smaller or j >= len(b)) and i < len(a):
-                left.append(i)
-                p, i = sympy.expand(p * a[i]), i + 1
-            elif not smaller and j < len(b):
-                right.append(j)
-                r, j = sympy.expand(r * b[j]), j + 1
-            else:
-                yield [], [-1]  # the shapes do not say how one is the other
-                return
-        while i < len(a) and a[i] == 1 and j >= len(b):
-            left.append(i)
-            i += 1
-        while j < len(b) and b[j] == 1 and i >= len(a):
-            right.append(j)
-            j += 1
-        yield left, right
-
-
-def _shifted(at: Indices, dim: int, by: Any) -> Indices:
-    dim %= len(at)
-    moved = at[dim]
-    if isinstance(moved, Affine):
-        moved = Affine(sympy.expand(moved.of + by))
-    elif by != 0:
-        moved = Call(aten.add.Tensor, (moved, Affine(sympy.sympify(by))), torch.int64)
-    return (*at[:dim], moved, *at[dim + 1 :])
-
-
-def _int(i: int) -> Affine:
-    return Affine(sympy.Integer(i))
-
-
-def _size(value: Any) -> Affine:
-    if isinstance(value, fx.Node):
-        value = value.meta["val"]
-    return Affine(dimension(value))
-
-
-def _unsqueeze(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    dim = a["dim"] % len(at)
-    return r.read(a["self"], (*at[:dim], *at[dim + 1 :]))
-
-
-def _squeeze(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    rank = a["self"].meta["val"].dim()
-    gone = {d % rank for d in (a["dim"] if isinstance(a["dim"], (list, tuple)) else [a["dim"]])}
-    gone = {d for d in gone if dimension(a["self"].meta["val"].shape[d]) == 1}
-    left = iter(at)
-    return r.read(a["self"], tuple(ZERO if d in gone else next(left) for d in range(rank)))
-
-
-def _permute(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    where: list[Any] = [None] * len(at)
-    for i, d in enumerate(a["dims"]):
-        where[d % len(at)] = at[i]
-    return r.read(a["self"], tuple(where))
-
-
-def _transpose(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    where = list(at)
-    x, y = a["dim0"] % len(at), a["dim1"] % len(at)
-    where[x], where[y] = where[y], where[x]
-    return r.read(a["self"], tuple(where))
-
-
-def _expand(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    return r.read(a["self"], at[len(at) - a["self"].meta["val"].dim() :])
-
-
-def _slice(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    dim, size = a["dim"] % len(at), dimension(a["self"].meta["val"].shape[a["dim"]])
-    start = sympy.Integer(0) if a["start"] is None else _size(a["start"]).of
-    if not r.known.nonnegative(start):
-        start += size  # counted from the end
-        if not r.known.nonnegative(start):
-            return None
-    if not r.known.nonnegative(size - start):
-        return None  # a start past the end is clamped
-    here = at[dim]
-    if a["step"] != 1:
-        if not isinstance(here, Affine) or not isinstance(a["step"], int):
-            return None
-        at = (*at[:dim], Affine(here.of * a["step"]), *at[dim + 1 :])
-    return r.read(a["self"], _shifted(at, dim, start))
-
-
-def _select(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    rank = len(at) + 1
-    i, size = _size(a["index"]).of, dimension(a["self"].meta["val"].shape[a["dim"]])
-    i = i if r.known.nonnegative(i) else i + size
-    dim = a["dim"] % rank
-    return r.read(a["self"], (*at[:dim], Affine(i), *at[dim:]))
-
-
-def _flip(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    where = list(at)
-    for d in a["dims"]:
-        if not isinstance(where[d], Affine):
-            return None
-        where[d] = Affine(dimension(a["self"].meta["val"].shape[d]) - 1 - where[d].of)  # type: ignore[union-attr]
-    return r.read(a["self"], tuple(where))
-
-
-def _arange(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    start, step = _size(a.get("start", 0)).of, a.get("step", 1)
-    (i,) = at
-    if not (isinstance(i, Affine) and isinstance(step, int)) or not start.is_integer:
-        return None
-    dtype = node.meta["val"].dtype
-    value = Affine(sympy.expand(start + step * i.of))
-    return value if dtype in _INTEGERS else elementwise(aten.to.dtype, (value, dtype), {}, dtype, r.known)
-
-
-def _filled(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    target, dtype = node.target, node.meta["val"].dtype
-    value = 1 if target in _ONES else 0 if target in _ZEROS else a.get("fill_value", a.get("s"))
-    if isinstance(value, fx.Node):
-        return _size(value) if dtype in _INTEGERS else None
-    return number(value, dtype)
-
-
-def _masked_fill(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    x, mask, value = a["self"], a["mask"], a["value"]
-    if isinstance(value, fx.Node):
-        return None
-    dtype = node.meta["val"].dtype
-    condition = r.read(mask, at[len(at) - mask.meta["val"].dim() :])
-    return select(condition, number(value, dtype), r.read(x, at[len(at) - x.meta["val"].dim() :]), dtype)
-
-
-class Views(Reader):
-    """Reads through one view at a time."""
-
-    def __init__(self, known: Range) -> None:
-        super().__init__(known, (ZERO.of, ZERO.of))
-
-    def read(self, node: fx.Node, at: Sequence[Value]) -> Value:
-        """The element as it is."""
-        shape = node.meta["val"].shape
-        return Read(node, tuple(ZERO if dimension(s) == 1 else i for s, i in zip(shape, at, strict=True)))
-
-    def below(self, one: Read) -> Read | None:
-        """The same element of the tensor that `one.node` is a view of."""
-        if one.node.op != "call_function" or one.node.target not in _VIEWS:
-            return None
-        found = self.opened_at(one.node, one.at)
-        return found if isinstance(found, Read) else None
-
-
-_CREATE = {*_FULL, *_ONES, *_ZEROS, aten.arange.default, aten.arange.start, aten.arange.start_step,
-           aten.scalar_tensor.default}  # fmt: skip
-_VIEWS = {
-    aten.reshape.default, aten.view.default, aten.permute.default, aten.transpose.int, aten.expand.default,
-    aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim,
-}  # fmt: skip
-_STEPS: dict[Any, Callable[[Reader, fx.Node, dict[str, Any], Indices], Value | None]] = {
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dims: _squeeze,
-    aten.squeeze.dim: _squeeze,
-    aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-    aten.expand.default: _expand,
-    aten.reshape.default: Reader.reshape,
-    aten.view.default: Reader.reshape,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.flip.default: _flip,
-    aten.cat.default: Reader.cat,
-    aten.tril.default: Reader.triangle,
-    aten.triu.default: Reader.triangle,
-    aten.index.Tensor: Reader.looked_up,
-    aten.embedding.default: Reader.embedded,
-    aten.masked_fill.Scalar: _masked_fill,
-    aten.arange.default: _arange,
-    aten.arange.start: _arange,
-    aten.arange.start_step: _arange,
-    aten.scalar_tensor.default: _filled,
-    **dict.fromkeys((*_FULL, *_ONES, *_ZEROS), _filled),
-}

@@ -318,13 +318,7 @@ class _Local:
             if node in self.writers:
                 writer = self.writers[node]
                 yield f"%{node.name} is written in place by {target_name(writer.target)} at {source(writer)}"
-        for node in m.nodes | m.also:
-            if is_random(node) and rule.redraws and node in m.nodes:
-                continue
-            if is_random(node):
-                yield f"{target_name(node.target)} draws random numbers"
-            elif has_effect(node):
-                yield f"{target_name(node.target)} has an effect besides its result"
+        yield from _effects(rule, m)
         if any(not read < _point(m) for read in _reads(m)):
             yield "a value of the site is read before all of its inputs are there"
 
@@ -376,6 +370,15 @@ class _Local:
                 new.name = old.name
                 new.meta.update(path=path(old), source=source(old))
         self.program.changed()
+
+
+def _effects(rule: Rule, m: Match) -> Iterable[str]:
+    """What the site does besides computing, and the rule may not take in."""
+    for node in m.nodes | m.also:
+        if is_random(node) and not (rule.redraws and node in m.nodes):
+            yield f"{target_name(node.target)} draws random numbers"
+        elif has_effect(node) and not is_random(node):
+            yield f"{target_name(node.target)} has an effect besides its result"
 
 
 def _reads(m: Match) -> set[fx.Node]:

@@ -1,7 +1,7 @@
-"""Code that looks like attention and is not, or not one the kernel takes: each with the reason it is left alone.
+"""Code that looks like attention and is not, or not one the kernel takes, each with the reason.
 
-An entry is (function of the module, q, k, v; words of the reason). "" as the reason: it is attention after all, of
-other operands than a careless pattern would take, and the rewrite must keep their meaning.
+An entry is (function of the module, q, k, v; words of the reason). "" as the reason: it is attention after
+all, of other operands than a careless pattern would take, and the rewrite must keep their meaning.
 """
 
 from __future__ import annotations
@@ -295,13 +295,19 @@ def flipped_value(m, q, k, v):
 @look_alike("")
 def upper_triangle(m, q, k, v):
     scores = _scores(q, k)
-    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-1), -math.inf).softmax(-1) @ v
+    return (
+        scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).tril(-1), -math.inf).softmax(-1)
+        @ v
+    )
 
 
 @look_alike("")
 def causal_but_for_one(m, q, k, v):
     scores = _scores(q, k)
-    return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(1), -math.inf).softmax(-1) @ v
+    return (
+        scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(1), -math.inf).softmax(-1)
+        @ v
+    )
 
 
 @look_alike("")

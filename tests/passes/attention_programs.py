@@ -1,7 +1,7 @@
 """Attention written in many ways: a program is a layout, a core and a mask, and what it must be raised to.
 
-`PROGRAMS` lists those that are attention, `LOOK_ALIKES` (in attention_look_alikes) those that are not. B, S, E, H
-and D name sizes as everywhere; T is the length of the memory in cross-attention, R the repeats of grouped heads.
+`PROGRAMS` lists those that are attention, `LOOK_ALIKES` (in attention_look_alikes) those that are not. B, S,
+E, H and D name sizes as everywhere; T is the length of the memory in cross-attention, R the repeats of heads.
 """
 
 from __future__ import annotations
@@ -335,7 +335,9 @@ class Program:
             "memory": torch.randn(b, T, E, generator=g).to(self.dtype),
             "keep": (torch.rand(b, s, generator=g) > 0.3).long().index_fill(1, torch.tensor(0), 1),
             "ids": torch.randint(0, 2, (b, s), generator=g).cumsum(-1),
-            "position": torch.cat([torch.arange(s // 2), torch.arange(s - s // 2)]).expand(b, -1).contiguous(),
+            "position": torch.cat([torch.arange(s // 2), torch.arange(s - s // 2)])
+            .expand(b, -1)
+            .contiguous(),
             "bias": torch.randn(1, H, s, s, generator=g).to(self.dtype),
             "mask": torch.rand(b, 1, s, s, generator=g) > 0.3,
         }
@@ -345,7 +347,11 @@ class Program:
 
 CAUSAL = (tril_inf, triu_add, where_finfo, added_finfo, one_minus_tril, tril_zero)
 LAYOUTS = (separate, chunked, split, sliced, unbound, rows_first, interleaved, expanded, one_key_head)
-GROUPED = {interleaved: ", 4 query heads on 2", expanded: ", 4 query heads on 2", one_key_head: ", 4 query heads on 1"}
+GROUPED = {
+    interleaved: ", 4 query heads on 2",
+    expanded: ", 4 query heads on 2",
+    one_key_head: ", 4 query heads on 1",
+}
 CORES = (plain, query_scaled, both_scaled, einsum, bmm, baddbmm, wide_softmax, cast_around, wide_products)
 MASKS: dict[Any, tuple[str, tuple[str, ...], str]] = {
     none: ("full", (), "zero"),

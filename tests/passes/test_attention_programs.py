@@ -29,7 +29,9 @@ def results(model, inputs, seed=0):
     out = model(*leaves)
     outputs = out if isinstance(out, tuple) else (out,)
     found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    watched = dict(model.named_parameters()) | {f"input {i}": x for i, x in enumerate(leaves) if x.requires_grad}
+    watched = dict(model.named_parameters()) | {
+        f"input {i}": x for i, x in enumerate(leaves) if x.requires_grad
+    }
     watched = {n: t for n, t in watched.items() if t.requires_grad}
     total = sum((o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in outputs)
     grads = torch.autograd.grad(total, list(watched.values()), allow_unused=True)
@@ -38,7 +40,9 @@ def results(model, inputs, seed=0):
 
 def assert_as_near_to_fp64(model, fast, inputs):
     """`fast` may be two bits worse than the model, both measured from the model in fp64."""
-    exact = results(copy.deepcopy(model).double(), [x.double() if x.is_floating_point() else x for x in inputs])
+    exact = results(
+        copy.deepcopy(model).double(), [x.double() if x.is_floating_point() else x for x in inputs]
+    )
     eager, ours = results(model, inputs), results(fast, inputs)
     assert ours.keys() == eager.keys() == exact.keys()
     for name, reference in exact.items():
@@ -57,7 +61,9 @@ def test_a_spelling_of_attention_becomes_one_kernel_with_its_mask_named(program)
     model, inputs = program.model(), program.arguments()
     fast = accelerated(model, *inputs)
     found, one = record(fast)
-    assert [s.why for s in found.applied] == [program.kind], [s.why for s in (*found.refused, *found.near_misses)]
+    assert [s.why for s in found.applied] == [program.kind], [
+        s.why for s in (*found.refused, *found.near_misses)
+    ]
     calls = [n for n in fast_graph(fast).nodes if n.target is torch.ops.fxaccel.attention.default]
     assert len(calls) == 1
     assert not [n for n in fast_graph(fast).nodes if n.target is torch.ops.aten.softmax.int]
@@ -103,7 +109,7 @@ def test_a_look_alike_keeps_its_meaning_and_its_reason_is_told(name):
     function, why = LOOK_ALIKES[name]
     model = Module(function)
     fast = accelerated(model, *qkv())
-    found, one = record(fast)
+    found, _ = record(fast)
     assert not found.error
     said = " | ".join(s.why for s in (*found.refused, *found.near_misses))
     if why == "":
