@@ -98,7 +98,13 @@ class Pieces:
             pieces.append(_Piece(graph, wrap(clone_tree(graph), settings)))
             return pieces[-1]
 
-        return torch.compile(tree, backend=backend, dynamic=False, **_ISOLATED)
+        compiled = torch.compile(tree, backend=backend, dynamic=False, **_ISOLATED)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch._dynamo.config.patch(use_numpy_random_stream=True):  # else torch draws for numpy
+                return compiled(*args, **kwargs)
+
+        return run
 
     def accepts(self, *tensors: Tensor) -> bool:
         """Dynamo has its own guards."""

@@ -27,6 +27,7 @@ from fxaccel.proof import Manifest, Proof, materialise
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
 from fxaccel.structure import Structure, children, deliver
+from fxaccel.tree import random_kept
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class Session:
     def capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:
         """Capture this call, run the passes, check the result, and keep it."""
         original = self.restored(module)
-        with torch.random.fork_rng():
+        with random_kept():
             try:
                 raw = capture(original, args, kwargs)
                 one: Capture | Pieces = self.whole(raw, original, module, Call(args, kwargs))
@@ -339,7 +340,7 @@ class Session:
             if isinstance(one, Pieces):
                 checks.append(Verdict(False, why="a model captured in pieces is checked at capture only"))
                 continue
-            with torch.random.fork_rng():
+            with random_kept():
                 proofs += one.manifest.again(one.program)
                 if not self.loaded and one.program.grad == torch.is_grad_enabled():
                     checks.append(self.recheck(one, module))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -66,6 +69,18 @@ def belongings(model: nn.Module) -> frozenset[int]:
     return frozenset(
         id(v) for m in model.modules() for k, v in m.__dict__.items() if k not in _MODULE_ATTRIBUTES
     )
+
+
+@contextlib.contextmanager
+def random_kept() -> Iterator[None]:
+    """Afterwards torch, numpy and Python draw the numbers that they would have drawn."""
+    python, array = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(array)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Models that are no single graph, and models that cannot be captured."""
 
 import inspect
+import random
 import re
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 import fxaccel
 from fxaccel.errors import CaptureError
 from tests.helpers import Method as Function
-from tests.helpers import agree, captures, notes
+from tests.helpers import agree, captures, in_pieces, notes
 from tests.test_capture import A
 
 F = nn.functional
@@ -102,3 +104,21 @@ def test_after_a_failed_capture_the_next_call_may_succeed():
     with pytest.raises((CaptureError, ValueError)):
         fast(A)
     torch.testing.assert_close(fast(torch.ones(2, 2)), torch.full((2, 2), 2.0))
+
+
+def test_numbers_that_numpy_and_python_draw_are_the_models():
+    def draws(self, x):
+        if x.sum() > 100:
+            return x
+        return x * torch.from_numpy(numpy.random.rand(4)).float() * random.random()
+
+    model = Function(draws)
+    fast = fxaccel.accelerate(model, check=False)
+    states = numpy.random.get_state(), random.getstate()
+    results = []
+    for m in (model, fast, fast):
+        numpy.random.set_state(states[0]), random.setstate(states[1])
+        results.append(m(A))
+    assert in_pieces(fast)
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])

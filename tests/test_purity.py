@@ -1,8 +1,10 @@
 """Nothing that belongs to someone else is touched: not the model, not torch, whatever happens."""
 
 import copy
+import random
 import sys
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional
@@ -41,6 +43,7 @@ class Model(nn.Module):
 
     def forward(self, x):
         self.calls += 1
+        random.random(), numpy.random.rand()
         self.seen = x.shape
         return F.relu(self.head(self.body(self.norm(x))))
 
@@ -122,11 +125,13 @@ def test_the_model_is_bit_identical_afterwards(case, training):
     model, x = Model(), torch.randn(4, 6)
     model.train(training).norm.eval()
     before, state, given = everything(model), torch.get_rng_state(), x.clone()
+    drawn = random.getstate(), numpy.random.get_state()[1].tobytes()
     CASES[case](model, x)
     after = everything(model)
     assert {k for k in before if before[k] != after.get(k)} == set()
     assert set(after) == set(before)
     assert torch.equal(torch.get_rng_state(), state)
+    assert (random.getstate(), numpy.random.get_state()[1].tobytes()) == drawn
     assert torch.equal(x, given)
     assert x.grad is None
 
