@@ -342,6 +342,18 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def without_defaults(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Positional arguments of an operator, trailing ones that equal the schema's defaults left out."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return args
+    for schema in reversed(target._schema.arguments[: len(args)]):
+        default, given = schema.default_value, args[-1]
+        if not schema.has_default_value() or type(given) is not type(default) or given != default:
+            break
+        args = args[:-1]
+    return args
+
+
 def call(
     graph: fx.Graph,
     like: fx.Node,

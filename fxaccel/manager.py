@@ -27,6 +27,7 @@ from fxaccel.ir import (
     path,
     source,
     target_name,
+    without_defaults,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops
 from fxaccel.proof import Claim, Manifest, Proof, describe, fragment, prove
@@ -326,6 +327,7 @@ class _Local:
         graph, name, made = self.program.graph, type(rule).__name__, list[fx.Node]()
 
         def make(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            args = without_defaults(target, args)
             given = fx.map_arg((args, kwargs), lambda n: describe(n.meta["val"]))
             like = (target, str(given), m.root.meta.get("regions", ()))
             known = self.results.get(like)

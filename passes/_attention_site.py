@@ -176,10 +176,21 @@ def _assembled(
 
 
 def _match(program: Program, root: fx.Node, core: Sequence[fx.Node], site: Site, reader: Reader) -> Match:
-    passed = {*reader.opened, *site.q.passed, *site.k.passed, *site.v.passed}
-    also = frozenset(passed) - frozenset(core)
+    opened = {*reader.opened, *site.q.passed, *site.k.passed, *site.v.passed}
+    also = _above(core, opened - {t.source for t in site.mask.tables})
     bound = {"site": site, "q": site.q.node, "k": site.k.node, "v": site.v.node}
     return Match(program, root, bound, dict(enumerate(core)), outputs=(root,), also=also)
+
+
+def _above(core: Sequence[fx.Node], opened: set[fx.Node]) -> frozenset[fx.Node]:
+    """The opened nodes that the core is computed from, through such nodes alone."""
+    found, queue = set[fx.Node](), list(core)
+    while queue:
+        for node in queue.pop().all_input_nodes:
+            if node in opened and node not in found and node not in core:
+                found.add(node)
+                queue.append(node)
+    return frozenset(found)
 
 
 def _reader(program: Program, p: Problem) -> Reader:

@@ -176,7 +176,7 @@ def where_finfo(m: Any, s: Tensor) -> Tensor:
 
 def added_finfo(m: Any, s: Tensor) -> Tensor:
     q, k = _positions(s)
-    return s + torch.where(k > q, torch.finfo(s.dtype).min, 0.0).to(s.dtype)[None, None]
+    return s + torch.where(k <= q, torch.zeros((), dtype=s.dtype), torch.finfo(s.dtype).min)[None, None]
 
 
 def one_minus_tril(m: Any, s: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def bool_padding(m: Any, s: Tensor, keep: Tensor) -> Tensor:
 def causal_padding(m: Any, s: Tensor, keep: Tensor) -> Tensor:
     q, k = _positions(s)
     allowed = (k <= q)[None, None] & keep.bool()[:, None, None, :]
-    return s + torch.where(allowed, 0.0, torch.finfo(s.dtype).min).to(s.dtype)
+    return s + torch.where(allowed, torch.tensor(0.0, dtype=s.dtype), torch.finfo(s.dtype).min)
 
 
 def documents(m: Any, s: Tensor, ids: Tensor) -> Tensor:

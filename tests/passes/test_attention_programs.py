@@ -11,6 +11,7 @@ from tests.passes.attention_look_alikes import LOOK_ALIKES
 from tests.passes.attention_programs import PROGRAMS, B, S
 
 EAGER_ERRORS = 4  # two bits: what another order of the same sums may lose
+REASSOCIATED = 64 * torch.finfo(torch.float64).eps  # where eager is itself the yardstick
 
 
 def accelerated(model, *inputs):
@@ -45,15 +46,22 @@ def assert_as_near_to_fp64(model, fast, inputs):
     )
     eager, ours = results(model, inputs), results(fast, inputs)
     assert ours.keys() == eager.keys() == exact.keys()
+    # a gradient is a sum of terms as large as other gradients, of which nothing may be left (that of k's bias)
+    scale = {}
+    for name, reference in exact.items():
+        kind = name.split()[0]
+        scale[kind] = max(scale.get(kind, 0.0), reference.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item())
     for name, reference in exact.items():
         eps = torch.finfo(eager[name].dtype).eps
         finite = torch.isfinite(reference)
         assert torch.equal(torch.isfinite(ours[name]), finite), name
         if not finite.any():
             continue
-        lost, largest = (eager[name].double() - reference)[finite].abs().max(), reference[finite].abs().max()
+        lost = (eager[name].double() - reference)[finite].abs().max()
         found = (ours[name].double() - reference)[finite].abs().max()
-        assert found <= EAGER_ERRORS * (lost + eps * largest), f"{name}: {found:.3g}, eager loses {lost:.3g}"
+        largest = scale[name.split()[0]]
+        allowed = EAGER_ERRORS * (lost + eps * largest) + REASSOCIATED * largest
+        assert found <= allowed, f"{name}: {found:.3g}, eager loses {lost:.3g}"
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
@@ -70,10 +78,9 @@ def test_a_spelling_of_attention_becomes_one_kernel_with_its_mask_named(program)
     assert calls[0].args[10:] == (() if program.empty == "zero" else (program.empty,))
     assert "checked against the model" in one.check
     if "dropped" not in program.core.__name__ or not program.train:
-        for sizes in ((B, S), (B + 1, S + 4), (1, 1)):
-            given = program.arguments(*sizes, seed=1)
-            assert_as_near_to_fp64(model, fast, given)
-        assert len(fast.report().captures) <= 2  # sizes of 1 may need a capture of their own
+        for sizes in ((B, S), (B + 1, S + 4)):
+            assert_as_near_to_fp64(model, fast, program.arguments(*sizes, seed=1))
+        assert len(fast.report().captures) == 1
 
 
 def fast_graph(fast):
