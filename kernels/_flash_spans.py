@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fxaccel.kernels._flash_source import SIGNS, Kinds, Part, Writer, define, literal, spelled, table_of
 from fxaccel.kernels._score import parse
 
-CHUNK = 8  # blocks judged at a time
+CHUNK = 16  # blocks judged at a time
 ENDS = {"int32": ("2147483647", "-2147483648"), "float": ('float("inf")', 'float("-inf")')}
 ENDS |= {"int64": ("9223372036854775807", "-9223372036854775808"), "bool": ("1", "0")}
 
