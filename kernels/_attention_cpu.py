@@ -207,13 +207,13 @@ def _parts(call: _Call) -> Iterator[_Part]:
             if s > t:
                 yield _Part(slice(t, s), slice(0, t), False, None)
         else:
-            yield _Part(slice(0, s), slice(0, t), causal, _unit(call.added(rest, dtype)))
+            yield _Part(slice(0, s), slice(0, t), causal, call.added(rest, dtype))
         return
     step = _rows(call, _score.names(call.mask) | _score.names(call.bias))
     for i, reach in enumerate(_score_blocks.reach(call.mask, call.tables, call.sizes, step, KEYS)):
         queries = range(i * step, min(s, (i + 1) * step))
         if reach.first < reach.stop:
-            added = _unit(call.added_block(reach, q=queries))
+            added = call.added_block(reach, q=queries)
             yield _Part(slice(queries.start, queries.stop), slice(reach.first, reach.stop), False, added)
 
 
@@ -248,11 +248,6 @@ def _view_dtype(call: _Call) -> torch.dtype | None:
             plain = all(isinstance(i, (ast.Name, ast.Constant)) for i in _score.subscripts(read))
             return dtype if plain and dtype in (call.q.dtype, call.wide) else None
     return None
-
-
-def _unit(added: Tensor | None) -> Tensor | None:
-    """With a unit last stride, or 0: PyTorch's kernel knows no other."""
-    return added if added is None or added.stride(3) in (0, 1) else added.contiguous()
 
 
 def _rows(call: _Call, names: frozenset[str]) -> int:

@@ -191,8 +191,8 @@ def _settled(empty: str, sinks: Tensor | None, mask: str, bias: str, s: int, t: 
     if band.rest or bias:
         return False
     low, high = band.limits(s, t)
-    least = -t if low is None else low
-    most = s + t if high is None else high
+    least = -s if low is None else low
+    most = t if high is None else high
     return least <= most and most >= 0 and s - 1 + least <= t - 1
 
 

@@ -33,10 +33,8 @@ class ScaledDotProduct(Rule):
             yield f"it drops attention weights with probability {m.p}; the kernel has no dropout"
         if m.scale is None and not isinstance(q.shape[-1], int):
             yield "the scale is left to a head size that is not a number"
-        if bias is not None and bias.ndim > 4:
-            yield f"the mask has {bias.ndim} dimensions; the kernel takes up to 4"
-            return
-        yield from kernel.unsupported(q, k, v, *_terms(bias, bias, m.causal))
+        terms = _terms(bias, bias, m.causal) if q.ndim == 4 else ()
+        yield from kernel.unsupported(q, k, v, *terms)
 
     def rewrite(self, op: Ops, m: Match):
         scale = m.scale if m.scale is not None else 1 / math.sqrt(m.val("q").shape[-1])

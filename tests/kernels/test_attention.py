@@ -391,6 +391,13 @@ def test_rows_that_keep_no_key(empty, mask, dtype):
         assert bool(got[0][1].any()) == (empty != "zero")
 
 
+def test_bands_that_leave_every_row_a_key_are_known():
+    for s, t, low, high in itertools.product(range(1, 6), range(1, 6), range(-6, 7), range(-6, 7)):
+        for mask in (f"(k >= q + {low}) & (k <= q + {high})", f"k >= q + {low}", f"k <= q + {high}"):
+            every = _score.evaluate(mask, [], 1, 1, s, t).any(-1).all().item()
+            assert kernel._settled("nan", None, mask, "", s, t) == every, (mask, s, t)
+
+
 @pytest.mark.parametrize("form", ["t0[0, h, q, k]", "t0[h, k - q + S - 1]", "t0[b, 0, 0, k]", "t0[q, b]"])
 @pytest.mark.parametrize("empty", ["zero", "nan", "fill"])
 def test_bias_gradients_beside_rows_that_keep_no_key(empty, form):
@@ -456,7 +463,9 @@ def weights_of(q, k, dropout, mask="", **options):
     return kernel.op(q, k, eye, [], mask, "", SCALE, dropout=dropout, **options)
 
 
-def test_dropout_keeps_its_share_and_scales_it():
+@pytest.mark.parametrize("elements", [1 << 20, 1 << 13], ids=["few tiles", "many"])
+def test_dropout_keeps_its_share_and_scales_it(elements, monkeypatch):
+    monkeypatch.setattr(_attention_cpu, "ELEMENTS", elements)
     q, k, _, _ = tensors(4, 4, 2, 100, 128, 8, 8)
     p, full = weights_of(q, k, 0.3), weights_of(q, k, 0.0)
     kept = p != 0
@@ -469,8 +478,13 @@ def test_dropout_keeps_its_share_and_scales_it():
         assert ((share - 0.7).abs() < spread / math.sqrt(n / share.numel())).all()
     pairs = (kept[..., 1:] == kept[..., :-1]).double().mean().item()
     assert abs(pairs - 0.58) < 0.01  # 0.7 ** 2 + 0.3 ** 2, of neighbours that know nothing of each other
-    heads = (kept[:, 1:] == kept[:, :-1]).double().mean().item()
-    assert abs(heads - 0.58) < 0.01
+    for one, other in (
+        (kept[:, 1:], kept[:, :-1]),
+        (kept[1:], kept[:-1]),
+        (kept[:, :, 16:], kept[:, :, :-16]),
+        (kept[:, 2:], kept[:, :-2]),
+    ):
+        assert abs((one == other).double().mean().item() - 0.58) < 0.01
 
 
 def test_the_seed_reproduces_dropout_and_a_call_draws_anew():
@@ -620,6 +634,11 @@ def test_opcheck(width, mask, bias, options):
     for x in (q, k, v, *([tables[0]] if bias else []), *([] if sinks is None else [sinks])):
         x.requires_grad_()
     torch.library.opcheck(kernel.op, (q, k, v, tables, mask, bias, SCALE), {"sinks": sinks, **options})
+
+
+def test_operators_that_draw_say_so():
+    tag = torch.Tag.nondeterministic_seeded
+    assert [tag in x.tags for x in (kernel.op, kernel.save_op, kernel.backward_op)] == [True, True, False]
 
 
 def test_opcheck_with_dropout():
