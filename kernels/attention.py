@@ -339,7 +339,8 @@ def _backward(
         call = (q, k, v, tables, mask, bias, scale)
         grads = _settle_gradients(grads, dout, call, kept, lse, empty)
     dq, dk, dv, dsinks, dtables = grads
-    some = [q.new_empty(0) if x is None else x for x in (dsinks, *dtables)]
+    given = zip((dsinks, *dtables), (sinks, *tables), strict=True)
+    some = [q.new_empty(0) if x is None or like is None else x.to(like.dtype) for x, like in given]
     return dq, dk, dv, some[0], some[1:]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxaccel.kernels import _attention_cpu, _score
+from fxaccel.kernels import _attention_cpu, _flash, _score
 from fxaccel.kernels import attention as kernel
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -825,3 +825,27 @@ def test_every_combination_of_sizes_with_one_query_or_one_key(near):
     for (s, t), mask in itertools.product(((1, 1), (1, 9), (9, 1)), MASKS):
         q, k, v, dout = tensors(1, 2, 1, s, t, 4, 4)
         compare(near, q, k, v, dout, tables_for(mask, "", 1, 2, s, t), mask, "")
+
+
+@pytest.mark.parametrize(
+    ("mask", "bias", "options"),
+    [
+        ("k <= q", "", {}),
+        ("(k <= q) & t1[b, k]", "t0[h, k - q + S - 1]", {"softcap": 2.0, "sinks": True}),
+        ("(k <= q) & t1[b, k]", "", {"empty": "mean"}),
+        ("t1[b, k]", "t0[b, 0, 0, k]", {"empty": "fill"}),
+        ("k <= q + T - S", "", {"empty": "zero"}),
+    ],
+)
+def test_the_operator_over_the_triton_kernels(mask, bias, options, near, interpreter, monkeypatch):
+    """What a GPU runs, interpreted: the same registration, settling of rows and gradients around it."""
+    monkeypatch.setattr(kernel, "_kernels", lambda q: _flash)
+    q, k, v, dout = tensors(2, 4, 2, 20, 17, 8, 8)
+    tables = tables_for(mask, bias, 2, 4, 20, 17)
+    tables[1][1] = bool(bias)
+    sinks = torch.randn(4) if options.pop("sinks", False) else None
+    compare(near, q, k, v, dout, tables, mask, bias, sinks, bool(bias), **options)
+    torch.manual_seed(0)
+    one = kernel.op(q, k, v, [], "", "", SCALE, dropout=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(kernel.op(q.requires_grad_(), k, v, [], "", "", SCALE, dropout=0.5), one)
