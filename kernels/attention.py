@@ -187,13 +187,7 @@ def _settled(empty: str, sinks: Tensor | None, mask: str, bias: str, s: int, t: 
     """Whether rows that keep no key are as the kernels leave them: it is "zero", or there are none."""
     if empty == "zero" or sinks is not None or not s or not t:
         return True
-    band = _score.band(mask)
-    if band.rest or bias:
-        return False
-    low, high = band.limits(s, t)
-    least = -s if low is None else low
-    most = t if high is None else high
-    return least <= most and most >= 0 and s - 1 + least <= t - 1
+    return not bias and _score.keeps_every_row(mask, s, t)
 
 
 def _heads(x: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxaccel.kernels import _attention_cpu, _flash, _score
+from fxaccel.kernels import _attention_cpu, _flash, _score, _score_blocks
 from fxaccel.kernels import attention as kernel
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -333,6 +333,35 @@ def test_sizes_of_zero(b, s, t, empty, softcap):
     assert out.shape == (b, 4, s, 8)
     assert [g.shape for g in grads[:3]] == [q.shape, k.shape, v.shape]
     assert not any(x.any() for x in (out, *grads))
+
+
+@pytest.mark.parametrize("bias", ["", "t0[h, k - q + S - 1]"])
+@pytest.mark.parametrize("mask", ["(k <= q) & (q - k < 20)", "(k <= q) & t1[b, k]"])
+def test_the_default_device_does_not_matter(mask, bias):
+    given = (
+        *tensors(2, 4, 2, 40, 40, 8, 8),
+        tables_for(mask, bias, 2, 4, 40, 40),
+        mask,
+        bias,
+        torch.randn(4),
+    )
+    want = results(kernel.op, *given, bool(bias), softcap=3.0)
+    _score_blocks._reach_of_text.cache_clear()
+    _attention_cpu._repeated.cache_clear()
+    with torch.device("meta"):
+        got = results(kernel.op, *given, bool(bias), softcap=3.0)
+        torch.manual_seed(0)
+        results(kernel.op, *given, bool(bias), dropout=0.5)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_mask_kept_from_inference_serves_training(near):
+    q, k, v, dout = tensors(1, 2, 2, 30, 30, 8, 8)
+    _attention_cpu._repeated.cache_clear()
+    with torch.inference_mode():
+        kernel.op(q, k, v, [], "abs(q - k) <= 5", "", SCALE)
+    compare(near, q, k, v, dout, [], "abs(q - k) <= 5", "")
 
 
 # rows that keep no key
