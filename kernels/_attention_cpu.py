@@ -13,8 +13,8 @@ Choice     PyTorch's kernel in fp32 beats a written-out block, and torch's math 
            its forward + backward in the inputs' dtype / the same in fp32, casts included: B * S 1024, H 8,
            D 64, 1 thread of an AMD EPYC (Zen 4), torch 2.13, 2026-11-21 (bench/attention.py):
                S      16         64         128        256        512        1024
-               bf16   34 / 7     23 / 11    28 / 17    31 / 28    52 / 54    83 / 99
-               fp16   26 / 7     68 / 11    132 / 17   229 / 28   438 / 53   877 / 103
+               bf16   37 / 9     26 / 13    31 / 19    34 / 29    57 / 54    87 / 102
+               fp16   27 / 7     71 / 13    133 / 18   240 / 28   491 / 54   860 / 99
            So fp16 is cast, and bf16 up to WIDEN scores a head and where it goes in blocks.
 Limits     dropout draws a block's mask from the call's seed and the block's number: forward and backward take
            the same blocks, which follow from sizes and mask alone.
@@ -37,6 +37,7 @@ from fxaccel.kernels import _score, _score_blocks
 BLOCK, KEYS = 128, 64
 TRIANGLE = 128  # queries that are one causal call, or twice that beyond 8 times that; more are halved
 ELEMENTS = 1 << 20  # of a block's scores or mask: 4 MiB in fp32
+REPEATED = 1 << 14  # entries of a mask's block that is kept: 64 KiB each
 WIDEN = 256 * 256  # scores a head, up to which a low precision is faster in fp32
 
 aten = torch.ops.aten
@@ -75,24 +76,45 @@ class _Call:
 
     def added(self, mask: str, dtype: torch.dtype, **ranges: Any) -> Tensor | None:
         """Mask and bias as one tensor to add, of 4 dimensions."""
-        total = None
-        if self.bias:
-            total = _score.evaluate(self.bias, self.tables, *self.sizes, dtype=dtype, **ranges).to(dtype)
+        if not self.bias:
+            return _hidden(mask, self.tables, self.sizes, dtype, **ranges) if mask else None
+        total = _score.evaluate(self.bias, self.tables, *self.sizes, dtype=dtype, **ranges).to(dtype)
         if mask:
             keep = _score.evaluate(mask, self.tables, *self.sizes, dtype=dtype, **ranges)
-            zero, least = torch.zeros((), dtype=dtype), torch.full((), -torch.inf, dtype=dtype)
-            total = torch.where(keep, zero if total is None else total, least)
+            total = torch.where(keep, total, total.new_full((), -torch.inf))
         return total
 
     def added_block(self, reach: _score_blocks.Reach, **ranges: range) -> Tensor | None:
         """The same for a block and the keys it reaches; the mask is asked where it hides some of them."""
         keys, asked = range(reach.first, reach.stop), range(reach.left, reach.right)
-        if reach.whole or len(asked) == len(keys) or self.bias:
+        if reach.whole or self.bias:
             return self.added("" if reach.whole else self.mask, self.wide, k=keys, **ranges)
-        part = self.added(self.mask, self.wide, k=asked, **ranges)
-        return part if part is None else F.pad(
-            part.expand(*part.shape[:3], len(asked)), (reach.left - reach.first, reach.stop - reach.right)
-        )  # fmt: skip
+        part = self.hidden(k=asked, **ranges)
+        if len(asked) == len(keys):
+            return part
+        part = part.expand(*part.shape[:3], len(asked))
+        return F.pad(part, (reach.left - reach.first, reach.stop - reach.right))
+
+    def hidden(self, **ranges: range) -> Tensor:
+        """The mask alone, kept for the next call where it is small and the same for all: layers repeat it."""
+        if {"b", "h", *_score.TABLES} & _score.names(self.mask) or len(ranges["q"]) * len(
+            ranges["k"]
+        ) > REPEATED:
+            return _hidden(self.mask, self.tables, self.sizes, self.wide, **ranges)
+        return _repeated(self.mask, self.sizes[2:], self.wide, ranges["q"], ranges["k"])
+
+
+def _hidden(
+    mask: str, tables: Sequence[Tensor], sizes: tuple[int, ...], dtype: torch.dtype, **ranges: Any
+) -> Tensor:
+    keep = _score.evaluate(mask, tables, *sizes, dtype=dtype, **ranges)
+    return torch.where(keep, keep.new_zeros((), dtype=dtype), keep.new_full((), -torch.inf, dtype=dtype))
+
+
+@lru_cache(64)
+def _repeated(mask: str, sizes: tuple[int, int], dtype: torch.dtype, q: range, k: range) -> Tensor:
+    with torch.inference_mode(False):
+        return _hidden(mask, (), (1, 1, *sizes), dtype, q=q, k=k)
 
 
 def launch_forward(
@@ -148,7 +170,7 @@ def launch_backward(
         delta = (dout.to(call.wide) * out).sum(-1)
         dsinks = -((sinks.to(call.wide)[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
     if call.empty:
-        zeros = [torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        zeros = [x.new_zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
         dtables = [torch.zeros_like(t) if w else None for t, w in zip(tables, wanted[:-1], strict=True)]
         return zeros[0], zeros[1], zeros[2], dsinks, dtables
     if softcap or dropout or any(wanted[:-1]):
@@ -207,13 +229,13 @@ def _parts(call: _Call) -> Iterator[_Part]:
             if s > t:
                 yield _Part(slice(t, s), slice(0, t), False, None)
         else:
-            yield _Part(slice(0, s), slice(0, t), causal, _unit(call.added(rest, dtype)))
+            yield _Part(slice(0, s), slice(0, t), causal, call.added(rest, dtype))
         return
     step = _rows(call, _score.names(call.mask) | _score.names(call.bias))
     for i, reach in enumerate(_score_blocks.reach(call.mask, call.tables, call.sizes, step, KEYS)):
         queries = range(i * step, min(s, (i + 1) * step))
         if reach.first < reach.stop:
-            added = _unit(call.added_block(reach, q=queries))
+            added = call.added_block(reach, q=queries)
             yield _Part(slice(queries.start, queries.stop), slice(reach.first, reach.stop), False, added)
 
 
@@ -250,11 +272,6 @@ def _view_dtype(call: _Call) -> torch.dtype | None:
     return None
 
 
-def _unit(added: Tensor | None) -> Tensor | None:
-    """With a unit last stride, or 0: PyTorch's kernel knows no other."""
-    return added if added is None or added.stride(3) in (0, 1) else added.contiguous()
-
-
 def _rows(call: _Call, names: frozenset[str]) -> int:
     """Queries a block: BLOCK, or fewer where the mask or the bias of a block would be large."""
     b, h, _, t = call.sizes
@@ -276,6 +293,10 @@ def _fitted(*given: Tensor) -> list[Tensor]:
     return [x if x.stride(3) == 1 else x.contiguous() for x in padded]
 
 
+def _cut(x: Tensor, part: slice) -> Tensor:
+    return x if part.stop - part.start == x.shape[2] else x[:, :, part]
+
+
 def _flash_forward(call: _Call) -> tuple[Tensor, Tensor]:
     (b, h, s, _), e = call.q.shape, call.v.shape[3]
     q, scale, _ = _positive(call.q, call.scale)
@@ -283,7 +304,7 @@ def _flash_forward(call: _Call) -> tuple[Tensor, Tensor]:
     out, lse = None, None
     for part in _parts(call):
         some, sums = aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, :, part.queries], k[:, :, part.keys], v[:, :, part.keys], 0.0, part.causal,
+            _cut(q, part.queries), _cut(k, part.keys), _cut(v, part.keys), 0.0, part.causal,
             attn_mask=part.added, scale=scale,
         )  # fmt: skip
         if some.shape[2] == s:
@@ -301,19 +322,21 @@ def _flash_forward(call: _Call) -> tuple[Tensor, Tensor]:
             logs.copy_(sums)
     if out is None or lse is None:
         return q.new_zeros(b, s, h, e).transpose(1, 2), q.new_full((b, h, s), torch.inf, dtype=call.wide)
-    none = _empty_rows(call, out, lse)
+    none = None
+    if call.bias or not _score.keeps_every_row(call.mask, *call.sizes[2:]):
+        none = _empty_rows(call, out, lse)
     if call.sinks is not None:
         total = torch.logaddexp(lse, call.sinks.to(call.wide)[:, None])
-        out.mul_((lse - total).exp_().masked_fill_(none, 0.0).unsqueeze(-1))
+        out.mul_((lse - total).exp_().unsqueeze(-1))
         lse = total
-    return out, lse.masked_fill_(none, torch.inf)
+    return out, lse if none is None else lse.masked_fill_(none, torch.inf)
 
 
 def _empty_rows(call: _Call, out: Tensor, lse: Tensor) -> Tensor:
     """Which rows keep no key: by the mask, where out is 0. The kernel's lse is 0 there, as others' may be."""
     none = ~(lse.abs() > 0) | lse.isinf()
-    if not (call.mask or call.bias) or not none.any():
-        return none & False
+    if not none.any():
+        return none
     none &= ~out.any(-1)
     s = out.shape[2]
     step = _rows(call, _score.names(call.mask) | _score.names(call.bias))
@@ -345,13 +368,13 @@ def _flash_backward(call: _Call, dout: Tensor, out: Tensor, lse: Tensor) -> tupl
             sums = list(grads)
             break
         sums = sums or [
-            torch.zeros(q.shape, dtype=q.dtype),
-            *(torch.zeros(x.shape, dtype=call.wide) for x in (k, v)),
+            q.new_zeros(q.shape, dtype=q.dtype),
+            *(x.new_zeros(x.shape, dtype=call.wide) for x in (k, v)),
         ]
         sums[0][:, :, rows] += grads[0]
         sums[1][:, :, keys] += grads[1]
         sums[2][:, :, keys] += grads[2]
-    dq, dk, dv = sums or (torch.zeros(x.shape, dtype=q.dtype) for x in (q, k, v))
+    dq, dk, dv = sums or (x.new_zeros(x.shape, dtype=q.dtype) for x in (q, k, v))
     if factor != 1.0:
         dq = dq * factor
     dq, dk, dv = (x[..., :w].to(q.dtype).contiguous() for x, w in ((dq, d), (dk, d), (dv, e)))
@@ -423,9 +446,9 @@ def _scores(call: _Call, tile: _Tile) -> tuple[Tensor, Tensor | None]:
 
 def _kept(call: _Call, tile: _Tile, p: Tensor) -> Tensor:
     """The weights that dropout keeps, a bool each: the same ones whenever it is asked."""
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.manual_seed((int(call.seed) + tile.number * 0x9E3779B97F4A7C15) % 2**63)
-    return torch.empty(p.shape, dtype=torch.bool).bernoulli_(1 - call.dropout, generator=generator)
+    return p.new_empty(p.shape, dtype=torch.bool).bernoulli_(1 - call.dropout, generator=generator)
 
 
 def _written_forward(call: _Call) -> tuple[Tensor, Tensor]:
@@ -451,9 +474,9 @@ def _written_backward(
     call: _Call, dout: Tensor, out: Tensor, lse: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     q, k, v = call.q, call.k, call.v
-    dq, dk, dv = (torch.zeros(x.shape, dtype=call.wide) for x in (q, k, v))
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=call.wide) for x in (q, k, v))
     dtables = [
-        torch.zeros(t.shape, dtype=call.wide) if w else None for t, w in zip(call.tables, wanted, strict=True)
+        t.new_zeros(t.shape, dtype=call.wide) if w else None for t, w in zip(call.tables, wanted, strict=True)
     ]
     for tile in _tiles(call):
         g = len(tile.g)

@@ -140,7 +140,7 @@ class Problem:
         test, chunk = _flash_spans.blocks(self.rest, self.kinds)
         list_kernel[(batches * heads * outer,)](
             made, self.tables, self.strides, heads, self.s, self.t, self.low, self.high,
-            TEST=test, TRANSPOSED=transposed, CHUNK=chunk, BLOCK_M=config.m, BLOCK_N=config.n,
+            TEST=test, TRANSPOSED=transposed, CHUNK=chunk, BLOCK_M=config.m, BLOCK_N=config.n, num_warps=8,
         )  # fmt: skip
         steps = (made.stride(0) if batches > 1 else 0, made.stride(1) if heads > 1 else 0, inner + 2)
         return {"list_ptr": made, "list_steps": steps}

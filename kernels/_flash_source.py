@@ -23,8 +23,16 @@ LOWEST = tl.constexpr(-3.0e38)  # finite: a row of such scores is a uniform one,
 Kinds = tuple[tuple[str, int], ...]
 """Of each table its rank, and what it holds: "bool", "int32", "int64" or "float"."""
 
-SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%", ast.BitAnd: "&"}
-SIGNS |= {ast.BitOr: "|", ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">"}
+SIGNS: dict[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}
+SIGNS |= {
+    ast.BitAnd: "&",
+    ast.BitOr: "|",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+}
 SIGNS |= {ast.GtE: ">="}
 
 
@@ -131,13 +139,20 @@ class Writer:
             code = f"{self.number(x)} {SIGNS[type(node.ops[0])]} {self.number(y)}"
             return Part(self.truth_of(code, "float" in (x.kind, y.kind)), "bool", True)
         if isinstance(node, ast.BinOp):
-            return self.binary(node.op, self.value(node.left), self.value(node.right))
+            return self.binary(node.op, *(self.factor(n, node) for n in (node.left, node.right)))
         assert isinstance(node, ast.Call), f"the parser lets no {type(node).__name__} through"
         return self.call(node)
 
     def truth_of(self, code: str, floating: bool) -> str:
         """The name of a comparison; one of float scalars the interpreter would broadcast as floats."""
         return self.put(f"tl.where({code}, 1, 0) == 1" if floating else code)
+
+    def factor(self, node: ast.expr, parent: ast.BinOp) -> Part:
+        """An operand; in int64 where two unknown integers are multiplied, as q * k may pass 2**31."""
+        x = self.value(node)
+        known = literal(parent.left) is not None or literal(parent.right) is not None
+        wide = isinstance(parent.op, ast.Mult) and not known and x.kind == "int"
+        return x._replace(code=f"tl.cast({x.code}, tl.int64)") if wide else x
 
     def number(self, x: Part) -> str:
         """The code of a value that takes part in arithmetic."""
@@ -236,7 +251,7 @@ def keep(text: str, kinds: Kinds, below: bool = False) -> Any:
 def tame(node: ast.AST) -> bool:
     """Whether a bias holds no -inf or finfo.min: it reads tables at b and h alone and has no such literal."""
     reads = [n for n in ast.walk(node) if isinstance(n, ast.Subscript)]
-    large = any(isinstance(n, ast.Constant) and abs(n.value) > 1e30 for n in ast.walk(node))
+    large = any(abs(literal(n) or 0) > 1e30 for n in ast.walk(node) if isinstance(n, ast.Constant))
     return not large and not any(names(r) & {"q", "k"} for r in reads)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fxaccel.kernels._flash_source import SIGNS, Kinds, Part, Writer, define, literal, spelled, table_of
 from fxaccel.kernels._score import parse
 
-CHUNK = 8  # blocks judged at a time
+CHUNK = 16  # blocks judged at a time
 ENDS = {"int32": ("2147483647", "-2147483648"), "float": ('float("inf")', 'float("-inf")')}
 ENDS |= {"int64": ("9223372036854775807", "-9223372036854775808"), "bool": ("1", "0")}
 
@@ -74,7 +74,7 @@ class BlockWriter(Writer):
             ends = [self.put(f"tl.{f}(tl.{f}({x}, 2), 1)") for x, f in zip(ends, ("min", "max"), strict=True)]
         if kind == "bool":
             ends = [self.put(f"{x} != 0") for x in ends]
-        return Span(*ends, kind if kind in ("bool", "float") else "int", kind == "bool")
+        return Span(ends[0], ends[1], kind if kind in ("bool", "float") else "int", kind == "bool")
 
     def unary(self, node: ast.UnaryOp) -> Span | None:
         """~x or -x."""
@@ -117,31 +117,26 @@ class BlockWriter(Writer):
         """x op y: & and | of booleans, and what is monotone in whole numbers."""
         sign = SIGNS[type(node.op)]
         if sign in "&|":
-            x, y = self.truth(node.left), self.truth(node.right)
-            return Span(
-                *(self.put(f"{a} {sign} {b}") for a, b in ((x.low, y.low), (x.high, y.high))), "bool", True
-            )
+            p, q = self.truth(node.left), self.truth(node.right)
+            every, some = self.put(f"{p.low} {sign} {q.low}"), self.put(f"{p.high} {sign} {q.high}")
+            return Span(every, some, "bool", True)
         x, y = self.span(node.left), self.span(node.right)
         if x is None or y is None or x.kind != "int" or y.kind != "int":
             return None
         if sign == "+":
-            return Span(
-                self.put(f"{x.low} + {y.low}"),
-                self.put(f"{x.high} + {y.high}"),
-                "int",
-                x.positive & y.positive,
-            )
+            low, high = self.put(f"{x.low} + {y.low}"), self.put(f"{x.high} + {y.high}")
+            return Span(low, high, "int", x.positive & y.positive)
         if sign == "-":
             return Span(self.put(f"{x.low} - {y.high}"), self.put(f"{x.high} - {y.low}"), "int")
         if sign == "*" and x.positive and y.positive:
-            return Span(self.put(f"{x.low} * {y.low}"), self.put(f"{x.high} * {y.high}"), "int", True)
+            ends = (f"tl.cast({a}, tl.int64) * {b}" for a, b in ((x.low, y.low), (x.high, y.high)))
+            low, high = map(self.put, ends)
+            return Span(low, high, "int", True)
         divisor = literal(node.right)
         if sign == "//" and divisor is not None and divisor > 0:
-            parts = (
-                self.binary(node.op, Part(end, "int", x.positive), Part(str(divisor), "int", True))
-                for end in x[:2]
-            )
-            return Span(*(p.code for p in parts), "int", x.positive)
+            by = Part(str(divisor), "int", True)
+            low, high = (self.binary(node.op, Part(end, "int", x.positive), by).code for end in x[:2])
+            return Span(low, high, "int", x.positive)
         return None
 
     def called(self, node: ast.Call) -> Span | None:

@@ -461,6 +461,14 @@ def _written(terms: dict[str, int]) -> str:
     return f"-{text[2:]}" if text.startswith("- ") else text
 
 
+@lru_cache(1024)
+def keeps_every_row(mask: str, S: int, T: int) -> bool:
+    """Whether each query surely keeps a key: the mask is a band that never leaves the keys."""
+    low, high = band(mask).limits(S, T)
+    least, most = -S if low is None else low, T if high is None else high
+    return not band(mask).rest and least <= most and most >= 0 and S - 1 + least <= T - 1
+
+
 # gradients
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxaccel.kernels import _score
 
+CPU = torch.device("cpu")
 EXACT = 2.0**53  # an integer beyond has no exact float64
 
 Interval = tuple[Tensor, Tensor]
@@ -107,7 +108,7 @@ class _Intervals:
         return _score.kind(node, [_score.kind_of(t) for t in self.tables])
 
     def point(self, value: float) -> Interval:
-        x = torch.full((1, 1), value, dtype=torch.float64)
+        x = torch.full((1, 1), value, dtype=torch.float64, device=CPU)
         return known(x, x) if abs(value) < EXACT else unknown(self.sort(value))
 
     def sort(self, value: float) -> str:
@@ -119,7 +120,7 @@ class _Intervals:
             return self.point(size)
         if name in "bh":
             return self.point(0)[0], self.point(max(size - 1, 0))[0]
-        first = torch.arange(0, size, self.step[name], dtype=torch.float64)
+        first = torch.arange(0, size, self.step[name], dtype=torch.float64, device=CPU)
         last = (first + self.step[name] - 1).clamp(max=size - 1)
         return (first[:, None], last[:, None]) if name == "q" else (first[None], last[None])
 
@@ -200,7 +201,7 @@ class _Intervals:
 def unknown(kind: str) -> Interval:
     """Anything of that kind."""
     low, high = (False, True) if kind == "bool" else (-torch.inf, torch.inf)
-    return torch.full((1, 1), low), torch.full((1, 1), high)
+    return torch.full((1, 1), low, device=CPU), torch.full((1, 1), high, device=CPU)
 
 
 def known(low: Tensor, high: Tensor) -> Interval:

@@ -187,13 +187,7 @@ def _settled(empty: str, sinks: Tensor | None, mask: str, bias: str, s: int, t: 
     """Whether rows that keep no key are as the kernels leave them: it is "zero", or there are none."""
     if empty == "zero" or sinks is not None or not s or not t:
         return True
-    band = _score.band(mask)
-    if band.rest or bias:
-        return False
-    low, high = band.limits(s, t)
-    least = -t if low is None else low
-    most = s + t if high is None else high
-    return least <= most and most >= 0 and s - 1 + least <= t - 1
+    return not bias and _score.keeps_every_row(mask, s, t)
 
 
 def _heads(x: Tensor, like: Tensor) -> Tensor:
@@ -339,7 +333,8 @@ def _backward(
         call = (q, k, v, tables, mask, bias, scale)
         grads = _settle_gradients(grads, dout, call, kept, lse, empty)
     dq, dk, dv, dsinks, dtables = grads
-    some = [q.new_empty(0) if x is None else x for x in (dsinks, *dtables)]
+    given = zip((dsinks, *dtables), (sinks, *tables), strict=True)
+    some = [q.new_empty(0) if x is None or like is None else x.to(like.dtype) for x, like in given]
     return dq, dk, dv, some[0], some[1:]
 
 

@@ -28,7 +28,7 @@ class _Interpreted(InterpretedFunction):
 
 
 def _forget_generated():
-    """Forget functions made for the one way to run, and rewrites that miss names which are taken back below."""
+    """Forget functions made for one way to run, and rewrites that miss names which are taken back below."""
     for function in GENERATED:
         function.cache_clear()
     InterpretedFunction.rewritten_fn.clear()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxaccel.kernels import _attention_cpu, _score
+from fxaccel.kernels import _attention_cpu, _flash, _score, _score_blocks
 from fxaccel.kernels import attention as kernel
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -335,6 +335,35 @@ def test_sizes_of_zero(b, s, t, empty, softcap):
     assert not any(x.any() for x in (out, *grads))
 
 
+@pytest.mark.parametrize("bias", ["", "t0[h, k - q + S - 1]"])
+@pytest.mark.parametrize("mask", ["(k <= q) & (q - k < 20)", "(k <= q) & t1[b, k]"])
+def test_the_default_device_does_not_matter(mask, bias):
+    given = (
+        *tensors(2, 4, 2, 40, 40, 8, 8),
+        tables_for(mask, bias, 2, 4, 40, 40),
+        mask,
+        bias,
+        torch.randn(4),
+    )
+    want = results(kernel.op, *given, bool(bias), softcap=3.0)
+    _score_blocks._reach_of_text.cache_clear()
+    _attention_cpu._repeated.cache_clear()
+    with torch.device("meta"):
+        got = results(kernel.op, *given, bool(bias), softcap=3.0)
+        torch.manual_seed(0)
+        results(kernel.op, *given, bool(bias), dropout=0.5)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_mask_kept_from_inference_serves_training(near):
+    q, k, v, dout = tensors(1, 2, 2, 30, 30, 8, 8)
+    _attention_cpu._repeated.cache_clear()
+    with torch.inference_mode():
+        kernel.op(q, k, v, [], "abs(q - k) <= 5", "", SCALE)
+    compare(near, q, k, v, dout, [], "abs(q - k) <= 5", "")
+
+
 # rows that keep no key
 
 
@@ -389,6 +418,13 @@ def test_rows_that_keep_no_key(empty, mask, dtype):
     if mask == "t0[b, k]":
         assert bool(got[0].isnan().any()) == (empty == "nan")
         assert bool(got[0][1].any()) == (empty != "zero")
+
+
+def test_bands_that_leave_every_row_a_key_are_known():
+    for s, t, low, high in itertools.product(range(1, 6), range(1, 6), range(-6, 7), range(-6, 7)):
+        for mask in (f"(k >= q + {low}) & (k <= q + {high})", f"k >= q + {low}", f"k <= q + {high}"):
+            every = _score.evaluate(mask, [], 1, 1, s, t).any(-1).all().item()
+            assert kernel._settled("nan", None, mask, "", s, t) == every, (mask, s, t)
 
 
 @pytest.mark.parametrize("form", ["t0[0, h, q, k]", "t0[h, k - q + S - 1]", "t0[b, 0, 0, k]", "t0[q, b]"])
@@ -456,7 +492,9 @@ def weights_of(q, k, dropout, mask="", **options):
     return kernel.op(q, k, eye, [], mask, "", SCALE, dropout=dropout, **options)
 
 
-def test_dropout_keeps_its_share_and_scales_it():
+@pytest.mark.parametrize("elements", [1 << 20, 1 << 13], ids=["few tiles", "many"])
+def test_dropout_keeps_its_share_and_scales_it(elements, monkeypatch):
+    monkeypatch.setattr(_attention_cpu, "ELEMENTS", elements)
     q, k, _, _ = tensors(4, 4, 2, 100, 128, 8, 8)
     p, full = weights_of(q, k, 0.3), weights_of(q, k, 0.0)
     kept = p != 0
@@ -469,8 +507,13 @@ def test_dropout_keeps_its_share_and_scales_it():
         assert ((share - 0.7).abs() < spread / math.sqrt(n / share.numel())).all()
     pairs = (kept[..., 1:] == kept[..., :-1]).double().mean().item()
     assert abs(pairs - 0.58) < 0.01  # 0.7 ** 2 + 0.3 ** 2, of neighbours that know nothing of each other
-    heads = (kept[:, 1:] == kept[:, :-1]).double().mean().item()
-    assert abs(heads - 0.58) < 0.01
+    for one, other in (
+        (kept[:, 1:], kept[:, :-1]),
+        (kept[1:], kept[:-1]),
+        (kept[:, :, 16:], kept[:, :, :-16]),
+        (kept[:, 2:], kept[:, :-2]),
+    ):
+        assert abs((one == other).double().mean().item() - 0.58) < 0.01
 
 
 def test_the_seed_reproduces_dropout_and_a_call_draws_anew():
@@ -620,6 +663,11 @@ def test_opcheck(width, mask, bias, options):
     for x in (q, k, v, *([tables[0]] if bias else []), *([] if sinks is None else [sinks])):
         x.requires_grad_()
     torch.library.opcheck(kernel.op, (q, k, v, tables, mask, bias, SCALE), {"sinks": sinks, **options})
+
+
+def test_operators_that_draw_say_so():
+    tag = torch.Tag.nondeterministic_seeded
+    assert [tag in x.tags for x in (kernel.op, kernel.save_op, kernel.backward_op)] == [True, True, False]
 
 
 def test_opcheck_with_dropout():
@@ -806,3 +854,27 @@ def test_every_combination_of_sizes_with_one_query_or_one_key(near):
     for (s, t), mask in itertools.product(((1, 1), (1, 9), (9, 1)), MASKS):
         q, k, v, dout = tensors(1, 2, 1, s, t, 4, 4)
         compare(near, q, k, v, dout, tables_for(mask, "", 1, 2, s, t), mask, "")
+
+
+@pytest.mark.parametrize(
+    ("mask", "bias", "options"),
+    [
+        ("k <= q", "", {}),
+        ("(k <= q) & t1[b, k]", "t0[h, k - q + S - 1]", {"softcap": 2.0, "sinks": True}),
+        ("(k <= q) & t1[b, k]", "", {"empty": "mean"}),
+        ("t1[b, k]", "t0[b, 0, 0, k]", {"empty": "fill"}),
+        ("k <= q + T - S", "", {"empty": "zero"}),
+    ],
+)
+def test_the_operator_over_the_triton_kernels(mask, bias, options, near, interpreter, monkeypatch):
+    """What a GPU runs, interpreted: the same registration, settling of rows and gradients around it."""
+    monkeypatch.setattr(kernel, "_kernels", lambda q: _flash)
+    q, k, v, dout = tensors(2, 4, 2, 20, 17, 8, 8)
+    tables = tables_for(mask, bias, 2, 4, 20, 17)
+    tables[1][1] = bool(bias)
+    sinks = torch.randn(4) if options.pop("sinks", False) else None
+    compare(near, q, k, v, dout, tables, mask, bias, sinks, bool(bias), **options)
+    torch.manual_seed(0)
+    one = kernel.op(q, k, v, [], "", "", SCALE, dropout=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(kernel.op(q.requires_grad_(), k, v, [], "", "", SCALE, dropout=0.5), one)

@@ -117,6 +117,12 @@ def test_rows_in_full(target, dtype, columns, centred, kernel):
 
 PADDING, TENSOR, SLOPES = "(k <= q) & t0[b, k]", "t0[0, h, q, k]", "t0[h] * (k - q)"
 RELATIVE, DOCUMENTS = "t0[h, k - q + S - 1]", "(k <= q) & (t0[b, q] == t0[b, k])"
+LANGUAGE = (  # every operator, of scalars and of tiles
+    "((q - k) // 3 == -2) | ((k - q) % -4 == h) & ~(t0[b, k // 2] != 5) | (t1[h] >= 0.25) | (t1[h] == 0.5)"
+    " | (min(q, 3) + max(k, b) * 2 - abs(q - k) < where(k < 20, S, T)) & (float(k) * 0.5 > -1.0)"
+    " | (t2[q, k] == t2[0, k]) | (7 // 2 == 3) | t2[q, 0] | where(h < 2, q < k, t2[q, k]) | (S % 3 == b)"
+)
+LANGUAGE_BIAS = "-t1[h] * abs(q - k) + float(q // 7) + where(k < 9, 0.0, -3.0e38) + min(t1[h], 0.5) + 1"
 FEATURES = {  # mask, bias, softcap, sinks, dropout
     "plain": ("", "", 0.0, False, 0.0),
     "causal": ("k <= q", "", 0.0, False, 0.0),
@@ -146,38 +152,41 @@ def tables_of(features):
         "relative": [make((H, S + T - 1), torch.float32)],
         "tensor mask": [make((B, 1, S, T), torch.bool)],
         "all": [documents, full],
+        "language": [documents, make((H,), torch.float32), make((S, T), torch.bool)],
     }.get(features, [])
 
 
 @pytest.fixture
-def launches(monkeypatch, tmp_path):
-    """The launches of an attention on a target: [(kernel, arguments)], none of them run."""
+def launches(tmp_path):
+    """The launches of an attention on a target: [(kernel, arguments, options)], none of them run."""
 
     def record(target, dtype, d, features, wanted=False):
         made = []
-        patch = monkeypatch
-        patch.setattr(JITFunction, "run", lambda fn, *a, grid, warmup, **kw: made.append((fn, a, kw)))
-        patch.setattr(_flash, "on_gpu", lambda x: True)
-        patch.setattr(_flash_blocks, "chip", lambda device: CHIPS[target])
-        patch.setattr(torch.version, "hip", "6" if target.startswith("gfx") else None)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        q, k, v = (torch.empty(B, s, n, d, dtype=dtype, device="meta").transpose(1, 2)
-                   for s, n in ((S, H), (T, G), (T, G)))  # fmt: skip
-        mask, bias, softcap, sink, dropout = FEATURES[features]
-        tables = tables_of(features)
-        sinks = torch.empty(H, device="meta") if sink else None
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
-        rest = (0.125, softcap, sinks, dropout, seed)
-        out, lse = _flash.launch_forward(q, k, v, tables, mask, bias, *rest, save=True)
-        asked = tuple(
-            wanted and not _flash.unsupported_gradient(bias, [x.shape for x in tables], i)
-            for i in range(len(tables))
-        )
-        _flash.launch_backward(out, q, k, v, tables, mask, bias, out, lse, *rest, (*asked, sink))
-        patch.undo()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JITFunction, "run", lambda fn, *a, grid, warmup, **kw: made.append((fn, a, kw)))
+            patch.setattr(_flash, "on_gpu", lambda x: True)
+            patch.setattr(_flash_blocks, "chip", lambda device: CHIPS[target])
+            patch.setattr(torch.version, "hip", "6" if target.startswith("gfx") else None)
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+            launch(dtype, d, features, wanted)
         return made
 
     return record
+
+
+def launch(dtype, d, features, wanted):
+    """Forward and backward on tensors of no content."""
+    q, k, v = (torch.empty(B, s, n, d, dtype=dtype, device="meta").transpose(1, 2)
+               for s, n in ((S, H), (T, G), (T, G)))  # fmt: skip
+    language = (LANGUAGE, LANGUAGE_BIAS, 0.0, False, 0.0)
+    mask, bias, softcap, sink, dropout = FEATURES.get(features, language)
+    tables = tables_of(features)
+    sinks = torch.empty(H, device="meta") if sink else None
+    rest = (0.125, softcap, sinks, dropout, torch.empty(1, dtype=torch.int64, device="meta"))
+    out, lse = _flash.launch_forward(q, k, v, tables, mask, bias, *rest, save=True)
+    shapes = [t.shape for t in tables]
+    asked = [wanted and not _flash.unsupported_gradient(bias, shapes, i) for i in range(len(tables))]
+    _flash.launch_backward(out, q, k, v, tables, mask, bias, out, lse, *rest, (*asked, sink))
 
 
 def compile_launch(target, fn, args, options):
@@ -209,6 +218,10 @@ def test_flash(target, features, d, launches):
 
 AMD_FEATURES = ("causal", "window", "documents", "tensor bias", "dropout", "all")  # the rest are like these
 GRID = [(t, f) for t in TARGETS for f in FEATURES if not t.startswith("gfx") or f in AMD_FEATURES]
+
+
+def test_every_expression_compiles(launches):
+    check_flash(launches, "sm_90", torch.bfloat16, 16, "language", may_spill=True)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ SIZES = [(1, 1), (7, 7), (129, 129), (64, 128), (130, 70), (1, 40), (40, 1)]
 
 
 @pytest.mark.parametrize("mask", ["", "k <= q"], ids=["full", "causal"])
-@pytest.mark.parametrize("sizes", mostly_slow(SIZES, 0, 1, 4), ids=str)
+@pytest.mark.parametrize("sizes", mostly_slow(SIZES, 0, 4), ids=str)
 def test_sizes(sizes, mask, device, near):
     for dtype in DTYPES:
         compare(near, case(2, 1, 1, *sizes, dtype=dtype, device=device, mask=mask))
@@ -56,14 +56,14 @@ def test_sizes(sizes, mask, device, near):
 
 @pytest.mark.parametrize("dtype", mostly_slow(DTYPES, 2), ids=str)
 @pytest.mark.parametrize(
-    "width", mostly_slow([(1, 1), (24, 24), (48, 20), (20, 48), (80, 80), (256, 256)], 0, 2, 5)
+    "width", mostly_slow([(1, 1), (24, 24), (48, 20), (20, 48), (80, 80), (256, 256)], 2, 5)
 )
 def test_head_sizes(width, dtype, device, near):
     compare(near, case(1, 2, 2, 40, 50, *width, dtype, device, mask="k <= q"))
 
 
 @pytest.mark.parametrize("mask", mostly_slow(["", "k <= q", "t0[b, h, k]"], 2))
-@pytest.mark.parametrize("heads", mostly_slow([(4, 2), (6, 2), (3, 1)], 0, 2))
+@pytest.mark.parametrize("heads", mostly_slow([(4, 2), (6, 2), (3, 1)], 0))
 def test_grouped_heads(heads, mask, small, device, near):
     h, g = heads
     tables = [torch.rand(2, h, 40) > 0.5] if "t0" in mask else []
@@ -79,7 +79,7 @@ BANDS = [
 
 
 @pytest.mark.parametrize("sizes", mostly_slow([(65, 65), (40, 129), (129, 40)], 0), ids=str)
-@pytest.mark.parametrize("mask", mostly_slow(BANDS, 0, 2, 3, 6, 8, 9, 10))
+@pytest.mark.parametrize("mask", mostly_slow(BANDS, 0, 3, 6, 8))
 def test_bands(mask, sizes, small, device, near):
     compare(near, case(1, 1, 1, *sizes, device=device, mask=mask))
 
@@ -109,12 +109,12 @@ MASKS = [
     "(q - k) // 16 == 0", "(k - q) % 3 == 0", "(k - q) % -3 == 0", "~(k < q) | (k * 2 > 90)", "h == 1",
     "b < 1", "max(q, k) < 50", "abs(q - k * 2) < 20", "where(k < 20, q > 30, q <= 30)",
     "min(q - 20, 5) <= k - 30",
-    "-k + 40 > q", "(q % 16 < 8) & (k <= q)", "q + 0 * k > S // 2", "(q < 32) == (k < 32)",
+    "-k + 40 > q", "q * k < 500", "(q % 16 < 8) & (k <= q)", "q + 0 * k > S // 2", "(q < 32) == (k < 32)",
     "k < T - 6 + 0 * h",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mask", mostly_slow(MASKS, 0, 2, 4, 6, 10, 11, 12, 14))
+@pytest.mark.parametrize("mask", mostly_slow(MASKS, 0, 6, 11, 12))
 def test_masks(mask, small, device, near):
     compare(near, case(2, 2, 1, 65, 70, device=device, mask=mask, tables=tables_for(mask)))
 
@@ -130,7 +130,7 @@ FORMS = {
 @pytest.mark.parametrize(
     "mask", mostly_slow(["k <= q", "", "(k <= q) & (q - k < 9)", "q // 16 == k // 16"], 0)
 )
-@pytest.mark.parametrize("bias", mostly_slow(FORMS, 1, 5, 6, 9, 10, 13, 14))
+@pytest.mark.parametrize("bias", mostly_slow(FORMS, 1, 5, 10, 13, 14))
 def test_bias_and_its_gradient(bias, mask, small, device, near):
     table = torch.randn(FORMS[bias])
     features = {"bias": bias, "tables": [table], "wanted": (True, False)}
@@ -210,7 +210,7 @@ def test_a_row_that_keeps_no_key_is_zero(cause, small, device, near):
         assert not empty[0, 1].any()
 
 
-@pytest.mark.parametrize("dtype", mostly_slow(DTYPES, 0, 2), ids=str)
+@pytest.mark.parametrize("dtype", mostly_slow(DTYPES, 0), ids=str)
 @pytest.mark.parametrize("softcap", [0.5, 20.0])
 def test_softcap(softcap, dtype, small, device, near):
     made = case(1, 2, 1, 40, 50, dtype=dtype, device=device, softcap=softcap, mask="k <= q")
@@ -290,7 +290,7 @@ def relaid(x, layout):
 LAYOUTS = ["heads last", "columns first", "part of a wider tensor", "one batch for all"]
 
 
-@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, 1, 3))
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, 3))
 def test_strides(layout, device, near):
     made = case(2, 2, 2, 20, 20, device=device, mask="(k <= q) & t1[b, h, q, k]", bias="t0[b, h, q, k]")
     tables = [torch.randn(2, 2, 20, 20, device=device), torch.rand(2, 2, 20, 20, device=device) > 0.2]
@@ -331,7 +331,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def everything(device, s=33):
+def everything(device, s=20):
     torch.manual_seed(3)
     tables = [torch.rand(1, s) > 0.2, torch.randn(2, 2 * s - 1), torch.randn(s, s)]
     return case(1, 2, 1, s, s, device=device, tables=tables, sinks=torch.randn(2), **EVERYTHING)
@@ -420,7 +420,7 @@ def sampled(seed, device):
     return case(2, h, g, s, t, d, e, draw.choice(DTYPES), device, **features)
 
 
-@pytest.mark.parametrize("seed", mostly_slow(range(16), 0, 1, 2, 3, 4, 5))
+@pytest.mark.parametrize("seed", mostly_slow(range(16), 0, 1, 2))
 def test_features_together(seed, small, device, near):
     compare(near, sampled(seed, device))
 

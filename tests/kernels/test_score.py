@@ -331,6 +331,10 @@ masks_of_tables = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(masks_of_tables, st.integers(1, 3), st.integers(1, 3))
 def test_reach_leaves_no_key_out(text, queries, keys):
+    check_reach(text, queries, keys)
+
+
+def check_reach(text, queries, keys):
     kept = _score.evaluate(text, TABLES, B, H, S, T).expand(B, H, S, T)
     found = _score_blocks.reach(text, TABLES, (B, H, S, T), queries, keys)
     assert len(found) == -(-S // queries)
@@ -341,6 +345,23 @@ def test_reach_leaves_no_key_out(text, queries, keys):
         assert not rows[..., stop:].any()
         assert rows[..., first:left].all()
         assert rows[..., right:stop].all()
+
+
+PERIODIC = [
+    "q % 3 == 0",
+    "k % 4 < 1",
+    "(q - k) % 3 == 1",
+    "(q + k) // 3 == k // 2",
+    "(q * k) % 5 > 3",
+    "-q % 4 == 0",
+]
+ROUNDED = "(q + 16777216) < 16777217.0"  # in float32 the two sides are equal for q = 0
+
+
+@pytest.mark.parametrize("text", [*PERIODIC, ROUNDED])
+@pytest.mark.parametrize(("queries", "keys"), [*itertools.product((1, 2, 3, 4), repeat=2)])
+def test_reach_of_what_is_not_monotone(text, queries, keys):
+    check_reach(text, queries, keys)
 
 
 CHUNKS = torch.arange(64).div(16, rounding_mode="floor").expand(2, -1)

@@ -124,6 +124,11 @@ DECLINED = {
         (Q[0], K[0], V[0]),
         "q, k, v have 3, 3, 3 dimensions; the kernel takes 4 each",
     ),
+    "five dimensions": (
+        sdpa(),
+        (Q[None], K[None], V[None], torch.zeros(1, 1, 1, 5, 7)),
+        "q, k, v have 5, 5, 5 dimensions; the kernel takes 4 each",
+    ),
     "a head size that varies": (
         lambda s, q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]),
         (Q[0], K[0], V[0]),
