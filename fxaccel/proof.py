@@ -69,7 +69,9 @@ class Fragment:
     def text(self) -> str:
         """What the fragment computes on what kind of inputs, without names."""
         index = {n: i for i, n in enumerate(self.graph.nodes)}
-        leaves = [f"{describe(n.meta['val'])} {n.meta.get('learned')}" for n in self.inputs]
+        leaves = [
+            f"{describe(n.meta['val'])} {n.meta.get('learned')} {n.meta.get('number')}" for n in self.inputs
+        ]
         body = [n for n in index if n.op not in ("placeholder", "output")]
         done = structure(body, lambda n: f"in{index[n]}")
         return "\n".join([*leaves, done, str([index[o] for o in self.outputs])])
@@ -127,12 +129,19 @@ def fragment(
     flows = program.facts(learned)
     for node in inputs:
         env[node] = graph.placeholder(node.name)
-        env[node].meta = {**node.meta, "learned": node in flows}
+        env[node].meta = {**node.meta, "learned": node in flows, "number": _number(program, node)}
     for node in _ordered(nodes):
         env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = dict(node.meta)
     graph.output([env[o] for o in outputs])
     return Fragment(graph, program.root)
+
+
+def _number(program: Program, node: fx.Node) -> Tensor | None:
+    """The constant of one element that a node is: rules may read it, so a trial cannot choose another."""
+    slot = program.state.get(node.name) if node.op == "placeholder" else None
+    value = program.constants[slot.name] if slot is not None and slot.kind == "constant" else None
+    return value if value is not None and value.dim() == 0 else None
 
 
 def _ordered(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -198,9 +207,7 @@ class _Trial:
             for i, sizes in enumerate(self.sizes()):
                 for permuted in (False, True):
                     generator = torch.Generator().manual_seed(seed + i)
-                    values = [
-                        materialise(n.meta["val"], sizes, generator, permuted) for n in self.before.inputs
-                    ]
+                    values = [_value(n, sizes, generator, permuted) for n in self.before.inputs]
                     why = self.compare(
                         values, f"sizes {_text(sizes)}{', permuted strides' if permuted else ''}"
                     )
@@ -386,6 +393,12 @@ def holds(guards: Iterable[str], sizes: dict[str, int]) -> bool:
 
 
 # -- random inputs ---------------------------------------------------------------------------------
+
+
+def _value(node: fx.Node, sizes: dict[str, int], generator: torch.Generator, permuted: bool) -> Any:
+    """The constant that an input is, or a random value like the one it has in the graph."""
+    number = node.meta.get("number")
+    return materialise(node.meta["val"], sizes, generator, permuted) if number is None else number
 
 
 def materialise(val: Any, sizes: dict[str, int], generator: torch.Generator, permuted: bool = False) -> Any:

@@ -10,7 +10,8 @@ Scores     mask and bias are texts over b, h, q, k, S, T and the tables t0 .. t3
            _score has the language.
 Numerics   softmax in fp32 (fp64 for fp64), one rounding at the end. dropout draws one int64 from the device's
            generator, and every weight follows from it: forward and backward drop the same ones.
-Empty      a row that keeps no key gives 0 and no gradients ("zero"), NaN ("nan"), or the mean of v, as if a
+Empty      a row that keeps no key gives 0 and no gradients ("zero"); NaN, as if -inf were added to all its
+           scores ("nan") or put in their place ("nan_fill": NaN reaches v alone); or the mean of v, as if a
            huge negative number were added to all its scores ("mean") or put in their place ("fill"). With
            sinks it gives 0: the sink has all the weight.
 Cost       2 * B * H * S * T * (D + E) flop forward, 2 * B * H * S * T * (3 * D + 2 * E) backward, less what
@@ -34,7 +35,7 @@ from fxaccel.kernels import _attention_cpu, _flash, _operator, _score
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_D = 256
-EMPTY = ("zero", "nan", "mean", "fill")
+EMPTY = ("zero", "nan", "nan_fill", "mean", "fill")
 
 known = _operator.known
 
@@ -68,6 +69,8 @@ def reference(
         s = torch.cat([s, sinks.to(f)[:, None, None].expand(*s.shape[:3], 1)], -1)
         p = s.softmax(-1)[..., :-1]
     elif empty == "nan":
+        p = torch.where(none, raw - torch.inf, s).softmax(-1)
+    elif empty == "nan_fill":
         p = s.softmax(-1)
     elif empty == "mean":
         p = torch.where(none, raw - raw.detach(), s).softmax(-1)
@@ -200,7 +203,7 @@ def _settle(out: Tensor, lse: Tensor, v: Tensor, empty: str) -> Tensor:
     none = (lse == torch.inf).unsqueeze(-1)
     if out.device.type == "cpu" and not none.any():
         return out
-    if empty == "nan":
+    if empty in ("nan", "nan_fill"):
         return out.masked_fill_(none, torch.nan)
     mean = v.to(lse.dtype).mean(2, keepdim=True).to(out.dtype)
     return out.copy_(torch.where(none, _heads(mean, out), out))
@@ -215,9 +218,11 @@ def _settle_gradients(
     none = lse == torch.inf
     if q.device.type == "cpu" and not none.any():
         return grads
-    if empty == "nan":
-        _spread_nan(none, dtables, bias, k.shape[2])
+    if empty in ("nan", "nan_fill"):
         group = none.any(2).unflatten(1, (k.shape[1], -1)).any(2)[..., None, None]
+        if empty == "nan_fill":
+            return dq, dk, dv.masked_fill(group, torch.nan), dsinks, dtables
+        _spread_nan(none, dtables, bias, k.shape[2])
         return dq.masked_fill(none.unsqueeze(-1), torch.nan), *(
             x.masked_fill(group, torch.nan) for x in (dk, dv)
         ), dsinks, dtables  # fmt: skip
@@ -325,7 +330,11 @@ def _backward(
 ) -> tuple[Any, ...]:
     """dq, dk, dv, dsinks, dtables: those that are not wanted are of no size."""
     settled = _settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
-    kept = out if settled or empty != "nan" else out.masked_fill((lse == torch.inf).unsqueeze(-1), 0.0)
+    kept = (
+        out
+        if settled or empty not in ("nan", "nan_fill")
+        else out.masked_fill((lse == torch.inf).unsqueeze(-1), 0.0)
+    )
     grads = _kernels(q).launch_backward(
         dout, q, k, v, tables, mask, bias, kept, lse, scale, softcap, sinks, dropout, seed, list(wanted)
     )

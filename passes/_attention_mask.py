@@ -69,7 +69,7 @@ def understand(
     if not seen and soft and equal:
         empty, why = _without_key(p, hard, soft, equal)
     elif not seen and hard:
-        empty = without_key
+        empty, why = _minus_infinity(hard, without_key)
     text = Spelling(p)
     mask = text.spell(keep) if keep != TRUE else ""
     bias = [text.term(t) for t in rest]
@@ -129,6 +129,15 @@ def _all(fills: Sequence[Fill]) -> Value:
     for fill in fills:
         keep = conjunction(keep, fill.keep)
     return keep
+
+
+def _minus_infinity(hard: Sequence[Fill], without_key: str) -> tuple[str, list[str]]:
+    """What a row of -inf gives."""
+    if without_key != "nan" or all(f.added for f in hard):
+        return without_key, []
+    if any(f.added for f in hard):
+        return "zero", ["a row may see no key, for it has -inf added in one place and put in another"]
+    return "nan_fill", []
 
 
 def _without_key(p: Problem, hard: Sequence[Fill], soft: Sequence[Fill], equal: str) -> tuple[str, list[str]]:

@@ -23,7 +23,7 @@ from fxaccel.rule import Match, Miss, Ops
 aten = torch.ops.aten
 
 
-INDICES = {2: (Q, K), 3: (B, Q, K), 4: (B, H, Q, K)}
+INDICES = {2: (Q, K), 3: (H, Q, K), 4: (B, H, Q, K)}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def called(program: Program, root: fx.Node) -> Match | Miss:
     """A call of scaled_dot_product_attention."""
     a = arguments(root)
     q, k, v = a["query"], a["key"], a["value"]
+    if q.meta["val"].dim() > 4:
+        return Miss(2, f"q, k, v have {q.meta['val'].dim()} dimensions; the kernel takes up to 4")
     (b, h, s, d), t = four(q), four(k)[2]
     p = Problem.of(program, (b, h, s, t), q.meta["val"].dtype)
     reader = _reader(program, p)

@@ -75,7 +75,7 @@ def one_key_head(m: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def three_dimensional(m: Any, x: Tensor) -> tuple[Tensor, ...]:
-    return m.q(x), m.k(x), m.v(x)
+    return m.q(x) / 4, m.k(x), m.v(x)  # heads of size E
 
 
 # -- cores: q, k, v and a change of the scores -> [B, H, S, D] -----------------------------------------
@@ -272,6 +272,10 @@ def mask_argument(m: Any, s: Tensor, mask: Tensor) -> Tensor:
     return s.masked_fill(~mask, -math.inf)
 
 
+def added_argument(m: Any, s: Tensor, mask: Tensor) -> Tensor:
+    return s + torch.where(mask, torch.zeros((), dtype=s.dtype), -math.inf)
+
+
 # -- programs ------------------------------------------------------------------------------------------
 
 
@@ -369,7 +373,8 @@ MASKS: dict[Any, tuple[str, tuple[str, ...], str]] = {
     bucketed: ("relative bias", (), "zero"),
     clipped: ("relative bias", (), "zero"),
     tensor_bias: ("a bias tensor", ("bias",), "zero"),
-    mask_argument: ("a mask tensor", ("mask",), "nan"),
+    mask_argument: ("a mask tensor", ("mask",), "nan_fill"),
+    added_argument: ("a mask tensor", ("mask",), "nan"),
 }
 
 
@@ -384,7 +389,7 @@ def programs() -> list[Program]:
         for mask, (kind, inputs, empty) in MASKS.items()
     ]
     found += [Program(crossing, plain, none, "full", ("memory",))]
-    found += [Program(crossing, plain, bottom_right, "causal, bottom right", ("memory",), empty="nan")]
+    found += [Program(crossing, plain, bottom_right, "causal, bottom right", ("memory",), empty="nan_fill")]
     found += [
         Program(expanded, capped, window, "causal, window 4, 4 query heads on 2, softcap"),
         Program(separate, capped, none, "full, softcap"),

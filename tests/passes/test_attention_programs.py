@@ -46,11 +46,13 @@ def assert_as_near_to_fp64(model, fast, inputs):
     )
     eager, ours = results(model, inputs), results(fast, inputs)
     assert ours.keys() == eager.keys() == exact.keys()
-    # a gradient is a sum of terms as large as other gradients, of which nothing may be left (that of k's bias)
+    # a gradient sums terms as large as other gradients, of which nothing may be left (as for the bias of k)
     scale = {}
     for name, reference in exact.items():
         kind = name.split()[0]
-        scale[kind] = max(scale.get(kind, 0.0), reference.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item())
+        scale[kind] = max(
+            scale.get(kind, 0.0), reference.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
+        )
     for name, reference in exact.items():
         eps = torch.finfo(eager[name].dtype).eps
         finite = torch.isfinite(reference)
@@ -80,7 +82,8 @@ def test_a_spelling_of_attention_becomes_one_kernel_with_its_mask_named(program)
     if "dropped" not in program.core.__name__ or not program.train:
         for sizes in ((B, S), (B + 1, S + 4)):
             assert_as_near_to_fp64(model, fast, program.arguments(*sizes, seed=1))
-        assert len(fast.report().captures) == 1
+        fixed = {"bias", "mask"} & set(program.inputs)  # of an input of 4 dimensions only the batch may vary
+        assert len(fast.report().captures) == 1 + bool(fixed)
 
 
 def fast_graph(fast):
