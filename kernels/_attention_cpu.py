@@ -13,8 +13,8 @@ Choice     PyTorch's kernel in fp32 beats a written-out block, and torch's math 
            its forward + backward in the inputs' dtype / the same in fp32, casts included: B * S 1024, H 8,
            D 64, 1 thread of an AMD EPYC (Zen 4), torch 2.13, 2026-11-21 (bench/attention.py):
                S      16         64         128        256        512        1024
-               bf16   37 / 9     26 / 13    31 / 19    34 / 29    57 / 54    87 / 102
-               fp16   27 / 7     71 / 13    133 / 18   240 / 28   491 / 54   860 / 99
+               bf16   32 / 5     22 / 10    28 / 17    30 / 27    49 / 52    81 / 97
+               fp16   26 / 6     68 / 11    129 / 17   227 / 28   429 / 52   818 / 97
            So fp16 is cast, and bf16 up to WIDEN scores a head and where it goes in blocks.
 Limits     dropout draws a block's mask from the call's seed and the block's number: forward and backward take
            the same blocks, which follow from sizes and mask alone.
