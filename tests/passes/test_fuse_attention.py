@@ -79,7 +79,7 @@ FIRES = {
     "a float mask a batch": (sdpa(), (Q, K, V, torch.randn(2, 1, 1, 7))),
     "a scale": (sdpa(scale=0.1), (Q, K, V)),
     "grouped heads": (sdpa(enable_gqa=True), (Q, GROUPED, GROUPED)),
-    "three dimensions": (sdpa(), (Q[0], K[0], V[0])),
+    "three dimensions": (lambda s, *a: F.scaled_dot_product_attention(*(t[0] for t in a)), (Q, K, V)),
     "a tensor for a scale": (lambda s, q, k, v: (q @ k.mT * s.scale).softmax(-1) @ v, (Q, K, V)),
     "written, unscaled": (written(None), (Q, K, V)),
     "written, scaled": (written(0.125), (Q, K, V)),

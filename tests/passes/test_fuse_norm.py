@@ -78,7 +78,7 @@ def test_a_residual_add_and_its_norm_become_one_kernel_that_also_returns_the_sum
         "%add_1 = aten.add.Tensor(%add, %linear)",
     ]
     assert after == [
-        "%rms_norm, %add = fxaccel.add_rms_norm(%x, %r, %p_norm_weight, 1e-06, 0.0, False)",
+        "%rms_norm, %add = fxaccel.add_rms_norm(%x, %r, %p_norm_weight, 1e-06)",
         "%linear = aten.linear(%rms_norm, %p_proj_weight)",
         "%add_1 = aten.add.Tensor(%add, %linear)",
     ]
@@ -95,8 +95,8 @@ def test_layer_norm_after_an_add():
 @pytest.mark.parametrize(
     ("norm", "dtype", "line"),
     [
-        (nn.RMSNorm(8, eps=1e-6), torch.float32, "fxaccel.rms_norm(%x, %p_weight, 1e-06, 0.0, False)"),
-        (Bare(), torch.float32, "fxaccel.rms_norm(%x, None, 1e-05, 0.0, False)"),
+        (nn.RMSNorm(8, eps=1e-6), torch.float32, "fxaccel.rms_norm(%x, %p_weight, 1e-06)"),
+        (Bare(), torch.float32, "fxaccel.rms_norm(%x, None, 1e-05)"),
         (nn.LayerNorm(8), torch.float32, "fxaccel.layer_norm(%x, %p_weight, %p_bias, 1e-05)"),
         (nn.LayerNorm(8, bias=False), torch.bfloat16, "fxaccel.layer_norm(%x, %p_weight, None, 1e-05)"),
         (
@@ -105,10 +105,10 @@ def test_layer_norm_after_an_add():
             "fxaccel.layer_norm(%x, None, None, 1e-05)",
         ),
         (WrittenLayerNorm(), torch.float32, "fxaccel.layer_norm(%x, %p_weight, None, 1e-06)"),
-        (Llama(), torch.float32, "fxaccel.rms_norm(%x, %p_weight, 1e-06, 0.0, False)"),
+        (Llama(), torch.float32, "fxaccel.rms_norm(%x, %p_weight, 1e-06)"),
         (Llama(), torch.bfloat16, "fxaccel.rms_norm(%x, %p_weight, 1e-06, 0.0, True)"),
-        (Gemma(), torch.float32, "fxaccel.rms_norm(%x, %p_weight, 1e-06, 1.0, False)"),
-        (Gemma(), torch.bfloat16, "fxaccel.rms_norm(%x, %p_weight, 1e-06, 1.0, False)"),
+        (Gemma(), torch.float32, "fxaccel.rms_norm(%x, %p_weight, 1e-06, 1.0)"),
+        (Gemma(), torch.bfloat16, "fxaccel.rms_norm(%x, %p_weight, 1e-06, 1.0)"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else str(v).split("(")[0],
 )
