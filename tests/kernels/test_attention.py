@@ -373,6 +373,10 @@ def plain_nan(q, k, v, hidden):
     ).softmax(-1) @ v
 
 
+def plain_nan_fill(q, k, v, hidden):
+    return (q @ k.mT * SCALE).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
 def plain_mean(q, k, v, hidden):
     return (q @ k.mT * SCALE + hidden.to(q.dtype) * torch.finfo(q.dtype).min).softmax(-1) @ v
 
@@ -385,7 +389,9 @@ def plain_zero(q, k, v, hidden):
     return F.scaled_dot_product_attention(q, k, v, ~hidden, scale=SCALE)
 
 
-PLAIN = {"zero": plain_zero, "nan": plain_nan, "mean": plain_mean, "fill": plain_fill}
+PLAIN = {
+    "zero": plain_zero, "nan": plain_nan, "nan_fill": plain_nan_fill, "mean": plain_mean, "fill": plain_fill,
+}  # fmt: skip
 SPARSE = {  # the text, and which scores it hides; s = 70, t = 50
     "t0[b, k]": lambda r, q, k: ~r[:, None, None, :],
     "(k <= q) & t0[b, k]": lambda r, q, k: ~(r[:, None, None, :] & (k <= q)),
@@ -416,7 +422,7 @@ def test_rows_that_keep_no_key(empty, mask, dtype):
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x.double(), y, equal_nan=True, rtol=64 * eps, atol=64 * eps * 8)
     if mask == "t0[b, k]":
-        assert bool(got[0].isnan().any()) == (empty == "nan")
+        assert bool(got[0].isnan().any()) == (empty in ("nan", "nan_fill"))
         assert bool(got[0][1].any()) == (empty != "zero")
 
 
@@ -804,7 +810,7 @@ KEEP = meta(2, 7, dtype=torch.bool)
         ((Q, K, K), {"sinks": meta(5)}, "the sinks are [5]; the kernel takes one for each of 4 query heads"),
         ((Q, K, K), {"sinks": meta(4, dtype=torch.int64)}, "the sinks are torch.int64"),
         ((Q, K, K), {"dropout": 1.0}, "it drops weights with probability 1.0"),
-        ((Q, K, K), {"empty": "one"}, "empty is 'one', none of zero, nan, mean, fill"),
+        ((Q, K, K), {"empty": "one"}, "empty is 'one', none of zero, nan, nan_fill, mean, fill"),
         ((Q, K, K), {"empty": "mean", "dropout": 0.1}, "it drops weights of rows that keep no key"),
         ((Q, K, K), {"empty": "mean", "softcap": 2.0}, "scores with a softcap reach rows that keep no key"),
         (
