@@ -41,7 +41,9 @@ def interpreter():
     TRITON_INTERPRET acts when a kernel is defined, so it would have to be set before anything imports
     Triton, and would then make it impossible to compile in the same process.
     """
-    scopes = (*OURS, tl, tl.core, tl.math, tl.standard, random, tl.tensor, tl.core.tensor_descriptor_base)
+    scopes = (
+        *OURS, tl, tl.core, tl.math, tl.standard, random, tl.dtype, tl.tensor, tl.core.tensor_descriptor_base,
+    )  # fmt: skip
     before = [dict(vars(scope)) for scope in scopes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
