@@ -27,6 +27,7 @@ _WIDE = {
 
 
 UNSTEADY = 2.0**-30
+_SELECTS = {"amax", "amin", "aminmax", "max", "min", "median", "nanmedian"}  # backward looks for the result
 
 
 class Unsteady(TorchDispatchMode):
@@ -38,12 +39,13 @@ class Unsteady(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(r.alias_info for r in func._schema.returns):
-            return result  # a view, or a value that was off already
+        if func._opname in _SELECTS or any(r.alias_info for r in func._schema.returns):
+            return result  # values that were off already
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.dtype is torch.float64 and tensor.numel():
                 signs = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor)
-                tensor.mul_(1 + UNSTEADY * (2 * signs - 1))
+                moved = tensor * (1 + UNSTEADY * (2 * signs - 1))
+                tensor.copy_(torch.where(moved.isinf(), tensor, moved))  # finfo.max stays finite
         return result
 
 

@@ -10,6 +10,7 @@ import fxaccel
 from fxaccel import manager
 from fxaccel.capture import capture
 from fxaccel.errors import ProofError
+from fxaccel.evaluate import Unsteady
 from fxaccel.proof import holds, materialise, share_of_tolerance
 from tests.helpers import Function
 
@@ -304,6 +305,21 @@ def test_the_share_is_one_where_the_tolerance_ends():
 def test_an_infinity_that_the_original_has_too_is_no_difference():
     ref = torch.tensor([1.0, torch.inf], dtype=torch.float64)
     assert share_of_tolerance(ref, ref.float(), ref.float()) == 0
+
+
+@pytest.mark.parametrize("function", [torch.amax, torch.amin, lambda x, dim: x.median(dim).values])
+def test_an_unsteady_run_finds_the_largest_value_where_it_is(function):
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    with Unsteady():
+        (x - function(x, 1)[:, None]).exp().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_an_unsteady_run_stays_finite_where_the_exact_one_is():
+    lowest = torch.finfo(torch.float64).min
+    with Unsteady():
+        moved = torch.full((64,), lowest, dtype=torch.float64)
+    assert moved.isfinite().all() and (moved != lowest).any()
 
 
 def test_materialise_keeps_dtype_shape_and_strides():
