@@ -75,11 +75,17 @@ class Code:
     source      the module text
     constants   global name -> object (operators, constant tensors, sub-graphs)
     tables      global name -> ("parameter" | "buffer", module path): filled in by `bind`
+    choices     kernel name -> what calls it on a GPU, the way that measures fastest there
     """
 
     source: str
     constants: dict[str, Any]
     tables: dict[str, tuple[str, str]]
+    choices: dict[str, Any]
+
+    def notes(self) -> list[str]:
+        """What was chosen so far, a sentence for each kernel and size."""
+        return [line for choice in self.choices.values() for line in choice.lines()]
 
     def bind(self, module: nn.Module, filename: str) -> dict[str, Any]:
         """Execute the source with its tables bound to `module`; returns the functions by name."""
@@ -104,6 +110,7 @@ class _Emitter:
         self.program = program
         self.constants: dict[str, Any] = {}
         self.tables: dict[str, tuple[str, str]] = {}
+        self.choices: dict[str, Any] = {}
         self.read: dict[str, str] = {}
         self.names: dict[fx.Node, str] = {}
         self.taken: set[str] = {"torch", "inf", "nan"}
@@ -124,7 +131,7 @@ class _Emitter:
         lines.append(f"    return {self.argument(list(output.args[0]))}")
         checks = [*self.accepts(inputs), "", "", *self.fits()]
         source = "\n".join([*checks, "", "", *lines, ""])
-        return Code(source, self.constants, self.tables)
+        return Code(source, self.constants, self.tables, self.choices)
 
     # -- names ------------------------------------------------------------------------------------
 
@@ -253,8 +260,29 @@ class _Emitter:
                 and _PLAIN_OVERLOADS.fullmatch(target._overloadname)
             ):
                 return self.constant(name, _BINDINGS[name])
-        direct = _direct(node)
-        return self.constant(re.sub(r"\W", "_", target_name(target)), direct or target)
+        return self.constant(re.sub(r"\W", "_", target_name(target)), self.lowered(node) or target)
+
+    def lowered(self, node: fx.Node) -> Any:
+        """What one of our kernels is called by, if not by its operator.
+
+        On the CPU `direct` of its module: torch's own operators, past the dispatcher. On a GPU `fastest()`,
+        one for the program: it chooses between the kernel and its peers by measurement.
+        """
+        target, val = node.target, node.meta.get("val")
+        first = val[0] if isinstance(val, (tuple, list)) and val else val
+        device = getattr(getattr(first, "device", None), "type", None)
+        if getattr(target, "namespace", "") != "fxaccel" or device not in ("cpu", "cuda"):
+            return None
+        name = target._opname
+        try:
+            module = importlib.import_module(f"fxaccel.kernels.{name}")
+        except ModuleNotFoundError:
+            return None
+        if device == "cpu":
+            return getattr(module, "direct", None)
+        if hasattr(module, "fastest") and name not in self.choices:
+            self.choices[name] = module.fastest()
+        return self.choices.get(name)
 
     def argument(self, arg: Any) -> str:
         if isinstance(arg, fx.Node):
@@ -316,19 +344,6 @@ class _Emitter:
                 yield f"{given}_shape[{d}] == {PythonPrinter().doprint(symbol)}"
         if val.dim() > 1:
             yield f"{given}.is_contiguous() is {name in self.program.contiguous}"
-
-
-def _direct(node: fx.Node) -> Any:
-    """The `direct` function of one of our kernels: on the CPU, torch's own operators, called as they are."""
-    target, val = node.target, node.meta.get("val")
-    first = val[0] if isinstance(val, (tuple, list)) and val else val
-    if getattr(target, "namespace", "") != "fxaccel" or getattr(first, "device", None) != torch.device("cpu"):
-        return None
-    try:
-        module = importlib.import_module(f"fxaccel.kernels.{target._opname}")
-    except ModuleNotFoundError:
-        return None
-    return getattr(module, "direct", None)
 
 
 def _is_condition(guard: str) -> bool:

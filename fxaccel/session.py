@@ -80,6 +80,11 @@ class Capture:
         """The generated code."""
         return self.code.source
 
+    def reported(self) -> CaptureReport:
+        """The report, with what was chosen for each size that has been called since."""
+        chosen = self.code.notes()
+        return replace(self.report, notes=[*self.report.notes, *chosen]) if chosen else self.report
+
     def serves(self, module: nn.Module) -> bool:
         """Whether the constants of the graph are those that this tree holds."""
         return all(table[key] is value for table, key, value in self.held(module))
@@ -310,7 +315,7 @@ class Session:
         return [c for group in self.captures.values() for c in group]
 
     def report(self) -> Report:
-        captures = [c.report for c in self.all]
+        captures = [c.report if isinstance(c, Pieces) else c.reported() for c in self.all]
         if self.dropped and captures:
             note = (
                 f"{self.dropped} captures were dropped for others (max_captures={self.settings.max_captures})"

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxaccel.kernels import _attention_cpu, _flash, _operator, _score
+from fxaccel.kernels import _attention_cpu, _attention_torch, _flash, _operator, _score
+from fxaccel.kernels._fastest import Fastest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_D = 256
@@ -473,3 +474,10 @@ def direct(
         return op(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, None, 0.0, mask != "", scale=scale, enable_gqa=grouped)
+
+
+def fastest() -> Fastest:
+    """The op on a GPU, or torch's attention where that measures faster."""
+    return Fastest(
+        "attention", {"fxaccel": op, "SDPA": _attention_torch.attention}, {"SDPA": _attention_torch.fits}
+    )

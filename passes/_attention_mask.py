@@ -31,7 +31,7 @@ from fxaccel.passes._attention_terms import (
     sees_a_key,
     simplified,
 )
-from fxaccel.passes._attention_text import MAX_TABLES, Spelling
+from fxaccel.passes._attention_text import MAX_TABLES, Spelling, bare
 
 aten = torch.ops.aten
 
@@ -71,11 +71,12 @@ def understand(
     elif not seen and hard:
         empty, why = _minus_infinity(hard, without_key)
     text = Spelling(p)
-    mask = text.spell(keep) if keep != TRUE else ""
+    mask = bare(text.spell(keep)) if keep != TRUE else ""
     bias = [text.term(t) for t in rest]
     if len(text.tables) > MAX_TABLES:
         text = Spelling(p)
-        mask, bias = text.spell(keep) if keep != TRUE else "", [text.whole(t) for t in rest]
+        mask = bare(text.spell(keep)) if keep != TRUE else ""
+        bias = [text.whole(t) for t in rest]
     kinds = [*(() if keep == TRUE else _kinds(keep, p)), *(kind for _, kind in bias)]
     return Mask(
         mask, " + ".join(b for b, _ in bias), tuple(text.tables), empty, tuple(kinds), tuple(text.plain),

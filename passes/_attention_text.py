@@ -122,7 +122,7 @@ class Spelling:
         limit = band(value)
         if limit is not None:
             edge = self.affine(Q.of + limit[1])
-            return edge and f"(k {'<=' if limit[0] == 'high' else '>='} {_bare(edge)})"
+            return edge and f"(k {'<=' if limit[0] == 'high' else '>='} {bare(edge)})"
         name, e = value.target._opname, value.args[0].of
         left = sum((t for t in sympy.Add.make_args(e) if t.free_symbols & {B.of, H.of, Q.of, K.of}), ZERO.of)
         right = left - e
@@ -159,7 +159,7 @@ class Spelling:
         spots = [i for i in value.at if i != ZERO]
         plain = len(set(spots)) == len(spots) and all(isinstance(i, Affine) and i.of.is_Symbol for i in spots)
         name = self.table(Table(value.node, factor=factor), plain)
-        return f"{name}[{', '.join(_bare(i) for i in at)}]"
+        return f"{name}[{', '.join(bare(i) for i in at)}]"
 
     def table(self, table: Table, plain: bool = True) -> str:
         if table not in self.names:
@@ -169,8 +169,13 @@ class Spelling:
         return self.names[table]
 
 
-def _bare(text: str) -> str:
-    return text[1:-1] if text.startswith("(") and text.endswith(")") and text.count("(") == 1 else text
+def bare(text: str) -> str:
+    depth = 0
+    for at, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if not depth:
+            return text[1:-1] if text.startswith("(") and at == len(text) - 1 else text
+    return text
 
 
 def _literal(x: Any) -> str:

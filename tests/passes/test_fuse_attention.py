@@ -1,12 +1,16 @@
 """fuse-attention: what it rewrites, what it leaves alone and why, and that values survive."""
 
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxaccel
+from fxaccel.emit import emit
+from fxaccel.kernels import attention as kernel
 from fxaccel.listing import listing
 from fxaccel.passes import FuseAttention
 
@@ -206,3 +210,24 @@ def test_a_second_run_finds_nothing():
     run = manager.run(fast.__dict__["_fxaccel"].all[0].program, [FuseAttention()])
     (record,) = run.report.passes
     assert (record.applied, record.refused, record.error) == ([], [], "")
+
+
+def test_on_a_gpu_the_faster_of_two_is_called_and_the_report_says_which():
+    """The graph is made to say CUDA; the calls are on the CPU."""
+    model = Call(sdpa(is_causal=True))
+    fast = fxaccel.accelerate(model, passes=["fuse-attention"], check=False)
+    fast(Q, K, V)
+    (one,) = fast.__dict__["_fxaccel"].all
+    with FakeTensorMode():
+        for node in one.program.graph.find_nodes(op="call_function", target=kernel.op):
+            node.meta["val"] = torch.empty(node.meta["val"].shape, device="cuda")
+    one.code = emit(one.program)
+    one.bind(fast, 0, "python")
+    choice = one.code.choices["attention"]
+    for clock, best in (([2.0, 1.0], "SDPA"), ([1.0, 2.0], "fxaccel")):
+        choice.timer = lambda runs, times=clock: [(run(), t)[1] for run, t in zip(runs, times, strict=True)]
+        choice.chosen.clear()
+        torch.testing.assert_close(fast(Q, K, V), model(Q, K, V))
+        (note,) = fast.report().captures[0].notes
+        assert re.fullmatch(rf"attention \[.*\] float32, k <= q, .*: {best} 1 ms; \w+ 2 ms", note), note
+    assert note in str(fast.report())

@@ -1,0 +1,79 @@
+"""Attention by torch's scaled_dot_product_attention, for calls that need no large mask there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxaccel.kernels import _score
+
+CAUSAL = "k <= q"
+
+
+def fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    empty: str = "zero",
+) -> bool:
+    """Whether it means the same, and needs no mask larger than q, k and v together."""
+    if softcap or sinks is not None or q.dtype == torch.float64:
+        return False
+    if empty != "zero" and (bias or not _score.keeps_every_row(mask, q.shape[2], k.shape[2])):
+        return False
+    if not bias and mask in ("", CAUSAL):
+        return True
+    used = _score.names(mask) | _score.names(bias)
+    elements = 1
+    for name, size in zip(_score.INDICES, (*q.shape[:3], k.shape[2]), strict=True):
+        elements *= size if name in used else 1
+    return elements <= q.numel() + k.numel() + v.numel()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    mask: str,
+    bias: str,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    empty: str = "zero",
+) -> Tensor:
+    """The same as fxaccel::attention, where it `fits`."""
+    causal = mask == CAUSAL and not bias
+    given, none = (None, None) if causal else _mask(q, k, tables, mask, bias)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, given, dropout, causal, scale=scale, enable_gqa=grouped)
+    return out if none is None else out.masked_fill(none, 0.0)
+
+
+def _mask(
+    q: Tensor, k: Tensor, tables: Sequence[Tensor], mask: str, bias: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask, and the rows that keep no key: they keep all here, for back ends differ in what they give."""
+    sizes: tuple[Any, ...] = (*q.shape[:3], k.shape[2])
+    keep = _score.evaluate(mask, tables, *sizes, device=q.device) if mask else None
+    if not bias:
+        if keep is None or _score.keeps_every_row(mask, q.shape[2], k.shape[2]):
+            return keep, None
+        none = ~keep.any(-1, keepdim=True)
+        return keep | none, none
+    wide = torch.promote_types(q.dtype, torch.float32)
+    added = _score.evaluate(bias, tables, *sizes, dtype=wide, device=q.device).to(q.dtype)
+    if keep is not None:
+        added = torch.where(keep, added, -torch.inf)
+    none = (added == -torch.inf).all(-1, keepdim=True)
+    return added.masked_fill(none, 0.0), none
