@@ -23,6 +23,7 @@ Source     PyTorch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, whose tr
 """
 
 import ast
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -40,6 +41,7 @@ ELEMENTS = 1 << 20  # of a block's scores or mask: 4 MiB in fp32
 REPEATED = 1 << 14  # entries of a mask's block that is kept: 64 KiB each
 WIDEN = 256 * 256  # scores a head, up to which a low precision is faster in fp32
 
+log = math.log  # as lse has it
 aten = torch.ops.aten
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]
@@ -60,6 +62,7 @@ class _Call:
     sinks: Tensor | None
     dropout: float
     seed: Tensor
+    flat: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -130,14 +133,15 @@ def launch_forward(
     dropout: float,
     seed: Tensor,
     save: bool = False,
+    flat: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """out, and lse to the base e, +inf for rows that keep no key."""
-    call = _Call(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed)
+    """out, and lse to the base e, +inf for rows that keep no key. `flat`: weights are as if scores were 0."""
+    call = _Call(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed, flat)
     b, h, s, _ = q.shape
     if call.empty:
         out = q.new_zeros(b, s, h, v.shape[3]).transpose(1, 2)
         return out, q.new_full((b, h, s), torch.inf, dtype=call.wide)
-    if softcap or dropout:
+    if softcap or dropout or flat:
         return _written_forward(call)
     if _widens(call):
         wide = replace(call, q=q.float(), k=k.float(), v=v.float())
@@ -162,9 +166,10 @@ def launch_backward(
     dropout: float,
     seed: Tensor,
     wanted: Sequence[bool],
+    flat: bool = False,
 ) -> Grads:
     """dq, dk, dv, dsinks, the tables' gradients, where wanted: a bool for each table, then the sinks'."""
-    call = _Call(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed)
+    call = _Call(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed, flat)
     dsinks = None
     if wanted[-1] and sinks is not None:
         delta = (dout.to(call.wide) * out).sum(-1)
@@ -173,7 +178,7 @@ def launch_backward(
         zeros = [x.new_zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
         dtables = [torch.zeros_like(t) if w else None for t, w in zip(tables, wanted[:-1], strict=True)]
         return zeros[0], zeros[1], zeros[2], dsinks, dtables
-    if softcap or dropout or any(wanted[:-1]):
+    if softcap or dropout or flat or any(wanted[:-1]):
         dq, dk, dv, dtables = _written_backward(call, dout, out, lse, wanted[:-1])
         return dq, dk, dv, dsinks, dtables
     if _widens(call):
@@ -440,6 +445,8 @@ def _scores(call: _Call, tile: _Tile) -> tuple[Tensor, Tensor | None]:
     if call.softcap:
         capped = s.div_(call.softcap).tanh_()
         s = capped * call.softcap
+    if call.flat:  # of the scores only the softcap's slope is left
+        s, call = torch.zeros_like(s), replace(call, bias="")
     added = call.added_block(tile.reach, b=tile.b, h=tile.h, q=tile.q)
     return s if added is None else s.add_(added), capped
 
@@ -447,7 +454,8 @@ def _scores(call: _Call, tile: _Tile) -> tuple[Tensor, Tensor | None]:
 def _kept(call: _Call, tile: _Tile, p: Tensor) -> Tensor:
     """The weights that dropout keeps, a bool each: the same ones whenever it is asked."""
     generator = torch.Generator("cpu")
-    generator.manual_seed((int(call.seed) + tile.number * 0x9E3779B97F4A7C15) % 2**63)
+    number = -tile.number if call.flat else tile.number  # draws of its own: blocks of other rows and widths
+    generator.manual_seed((int(call.seed) + number * 0x9E3779B97F4A7C15) % 2**63)
     return p.new_empty(p.shape, dtype=torch.bool).bernoulli_(1 - call.dropout, generator=generator)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxaccel.kernels import _score
+from fxaccel.kernels import _attention_rows, _score
 
 CAUSAL = "k <= q"
 
@@ -26,9 +26,8 @@ def fits(
     empty: str = "zero",
 ) -> bool:
     """Whether it means the same, and needs no mask larger than q, k and v together."""
-    if softcap or sinks is not None or q.dtype == torch.float64:
-        return False
-    if empty != "zero" and (bias or not _score.keeps_every_row(mask, q.shape[2], k.shape[2])):
+    settled = _attention_rows.settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
+    if softcap or sinks is not None or q.dtype == torch.float64 or not settled:
         return False
     if not bias and mask in ("", CAUSAL):
         return True

@@ -13,6 +13,7 @@ Layout     _flash_forward.py, _flash_backward.py, _flash_bias.py: the kernels. _
            _flash_blocks.py, _flash_tune.py: block sizes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fxaccel.kernels._flash_lists import list_kernel
 from fxaccel.kernels._triton import next_power_of_2, tl
 
 LOG2E = 1.4426950408889634
+log = math.log2  # as lse has it
 
 
 def _unit(*tensors: Tensor) -> list[Tensor]:
@@ -58,6 +60,7 @@ class Problem:
         sinks: Tensor | None,
         dropout: float,
         seed: Tensor | None,
+        flat: bool = False,
     ) -> None:
         (self.b, self.h, self.s, self.d), (self.g, self.t, self.e) = q.shape, v.shape[1:]
         self.q, self.k, self.v = _unit(q, k, v)
@@ -71,6 +74,7 @@ class Problem:
         self.rest, self.bias, self.sinks = band.rest, bias, sinks
         self.scale, self.softcap = scale, softcap or None
         self.dropout, self.seed = dropout, seed if dropout else None
+        self.flat = flat
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -108,11 +112,12 @@ class Problem:
         kind = getattr(tl, str(self.q.dtype).removeprefix("torch."))
         exact = "ieee" if torch.version.hip else "tf32x3"  # on NVIDIA ieee is scalar code
         tf32 = torch.backends.cuda.matmul.allow_tf32 and not torch.version.hip
+        change = _flash_source.bias(self.bias, self.kinds, below) if self.bias else None
         return {
             "D": self.d,
             "E": self.e,
             "MASK": _flash_source.keep(self.rest, self.kinds, below) if self.rest else None,
-            "BIAS": _flash_source.bias(self.bias, self.kinds, below) if self.bias else None,
+            "BIAS": _flash_source.flat() if self.flat else change,
             "PRECISION": "tf32" if tf32 else exact,
             "DOT": kind if on_gpu(self.q) else tl.float32,  # the interpreter multiplies bfloat16's bits
             "BLOCK_M": config.m,
@@ -164,9 +169,10 @@ def launch_forward(
     dropout: float,
     seed: Tensor | None,
     save: bool = False,
+    flat: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """out, laid out as [B, S, H, E], and lse (base 2) if it is to be saved."""
-    p = Problem(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed)
+    """out, laid out as [B, S, H, E], and lse (base 2) if it is to be saved. `flat`: as if scores were 0."""
+    p = Problem(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed, flat)
     out = q.new_empty(p.b, p.s, p.h, p.e).transpose(1, 2)
     lse = q.new_empty(p.b, p.h, p.s, dtype=torch.float32) if save else None
     if out.numel():
@@ -199,9 +205,10 @@ def launch_backward(
     dropout: float,
     seed: Tensor | None,
     wanted: tuple[bool, ...],
+    flat: bool = False,
 ) -> tuple[Any, ...]:
     """dq, dk, dv, dsinks and a list of the tables' gradients; None for what is not wanted."""
-    p = Problem(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed)
+    p = Problem(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed, flat)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     if not (out.numel() and k.numel()):
         zeros = (

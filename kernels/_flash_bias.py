@@ -42,11 +42,23 @@ def _score_gradient(
     return tl.where(edge + n >= 0, ds, 0.0)
 
 
+@triton.jit
+def live(lse_ptr, b, h, top, H, S, FLAT: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a block of queries takes part. With FLAT few do: those with a finite lse."""
+    if FLAT:
+        row = top + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_ptr + (b * H + h) * S + row, row < S, other=float("inf"))
+        return tl.min(lse, axis=0) < float("inf")
+    else:
+        return True
+
+
 @triton.jit(do_not_specialize=["S", "T", "low", "high"])
 def bias_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, tables, strides, dbias_ptr,
     q_steps, k_steps, v_steps, dout_steps, H, G, S, T, scale, softcap, low, high, dropout, keep_scale,
-    HEADS, ALL_B, ALL_H, D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    HEADS, ALL_B, ALL_H, FLAT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -68,11 +80,13 @@ def bias_gradient_kernel(
     for share in range(0, shares):
         b = (matrix // HEADS + share // ALL_H).to(tl.int64)
         h = (matrix % HEADS + share % ALL_H).to(tl.int64)
-        acc += _score_gradient(
-            b, h, top, edge, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, tables, strides,
-            q_steps, k_steps, v_steps, dout_steps, H, G, S, T, scale, softcap, low, high, dropout, keep_scale,
-            D, E, MASK, BIAS, PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
-        )  # fmt: skip
+        if live(lse_ptr, b, h, top, H, S, FLAT, BLOCK_M):
+            acc += _score_gradient(
+                b, h, top, edge, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, tables, strides,
+                q_steps, k_steps, v_steps, dout_steps, H, G, S, T,
+                scale, softcap, low, high, dropout, keep_scale,
+                D, E, MASK, BIAS, PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
     row, col = top + tl.arange(0, BLOCK_M)[:, None], edge + tl.arange(0, BLOCK_N)[None, :]
     tall, wide = S, T
     if not ROWS:
@@ -89,7 +103,8 @@ def bias_gradient_kernel(
 def relative_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, tables, strides, dbias_ptr,
     q_steps, k_steps, v_steps, dout_steps, H, G, S, T, scale, softcap, low, high, dropout, keep_scale,
-    HEADS, ALL_B, ALL_H, D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    HEADS, ALL_B, ALL_H, FLAT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -117,13 +132,14 @@ def relative_gradient_kernel(
         for at in range(start // BLOCK_M * 2, tl.cdiv(stop, BLOCK_M) * 2):
             top, next_tile = at // 2 * BLOCK_M, at % 2
             edge = top + least + next_tile * BLOCK_N
-            ds = _score_gradient(
-                b, h, top, edge, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr, tables, strides,
-                q_steps, k_steps, v_steps, dout_steps, H, G, S, T,
-                scale, softcap, low, high, dropout, keep_scale,
-                D, E, MASK, BIAS, PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-            acc += tl.where((n < m) == (next_tile > 0), ds, 0.0)
+            if live(lse_ptr, b, h, top, H, S, FLAT, BLOCK_M):
+                ds = _score_gradient(
+                    b, h, top, edge, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, seed_ptr,
+                    tables, strides, q_steps, k_steps, v_steps, dout_steps, H, G, S, T,
+                    scale, softcap, low, high, dropout, keep_scale,
+                    D, E, MASK, BIAS, PRECISION, DOT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+                )  # fmt: skip
+                acc += tl.where((n < m) == (next_tile > 0), ds, 0.0)
     at = tl.program_id(0).to(tl.int64) * BLOCK_M * BLOCK_N + m * BLOCK_N + n
     tl.store(dbias_ptr + at, acc)
 
@@ -140,7 +156,7 @@ def unsupported(bias: str, index: int) -> str | None:
 def gradient(p: Any, given: dict[str, Any], table: Tensor, form: tuple[str, ...]) -> Tensor:
     """The gradient of one read of a table, in fp32, of the table's shape."""
     batches, heads = p.b if "b" in form else 1, p.h if "h" in form else 1
-    shares = {"HEADS": heads, "ALL_B": p.b // batches, "ALL_H": p.h // heads}
+    shares = {"HEADS": heads, "ALL_B": p.b // batches, "ALL_H": p.h // heads, "FLAT": p.flat}
     if "relative" in form:
         made = _relative(p, given, batches, heads, shares)
         order = ["b", "h", "relative"]

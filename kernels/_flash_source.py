@@ -248,6 +248,12 @@ def keep(text: str, kinds: Kinds, below: bool = False) -> Any:
     return define("keep", TILE, ["q = top + m", "k = edge + n", *writer.lines, f"return {code}"])
 
 
+@lru_cache(maxsize=1)
+def flat() -> Any:
+    """The function that makes all logits 0, whatever they were."""
+    return define("flat", f"s, {TILE}", ["return tl.where(s == s, 0.0, 0.0)"])
+
+
 def tame(node: ast.AST) -> bool:
     """Whether a bias holds no -inf or finfo.min: it reads tables at b and h alone and has no such literal."""
     reads = [n for n in ast.walk(node) if isinstance(n, ast.Subscript)]

@@ -23,7 +23,8 @@ from torch import Tensor
 
 INDICES = ("b", "h", "q", "k")
 SIZES = ("S", "T")
-TABLES = ("t0", "t1", "t2", "t3")
+OWN = "r4"  # of attention itself, beyond the tables it is given
+TABLES = ("t0", "t1", "t2", "t3", OWN)
 MAX_RANK = 4
 CALLS = {"min": 2, "max": 2, "abs": 1, "where": 3, "float": 1}
 ARITHMETIC: dict[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%"}

@@ -15,7 +15,7 @@ Empty      a row that keeps no key gives 0 and no gradients ("zero"); NaN, as if
            huge negative number were added to all its scores ("mean") or put in their place ("fill"). With
            sinks it gives 0: the sink has all the weight.
 Cost       2 * B * H * S * T * (D + E) flop forward, 2 * B * H * S * T * (3 * D + 2 * E) backward, less what
-           the mask cuts off; no tensor of size S * T. Rows without keys, unless "zero": O((S + T) * D * E).
+           the mask cuts off; no tensor of size S * T. Rows without keys, unless "zero": _attention_rows.
 Limits     D, E <= MAX_D. Gradients of q, k, v, sinks, and of tables that the bias adds as they are, which
            _score.gradient_forms knows. float64 on a GPU runs `reference`. No second derivative: it raises.
 Source     Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691; Ainslie et al. 2023,
@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxaccel.kernels import _attention_cpu, _attention_torch, _flash, _operator, _score
+from fxaccel.kernels import _attention_cpu, _attention_rows, _attention_torch, _flash, _operator, _score
 from fxaccel.kernels._fastest import Fastest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_D = 256
+MAX_D, MAX_TABLES = 256, 4
 EMPTY = ("zero", "nan", "nan_fill", "mean", "fill")
 
 known = _operator.known
@@ -61,8 +61,10 @@ def reference(
     raw = s = q.to(f) @ k.mT * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
+    whole = s
     if bias:
-        s = s + _score.evaluate(bias, tables, *sizes, dtype=f, device=q.device)
+        added = _score.evaluate(bias, tables, *sizes, dtype=f, device=q.device)
+        s, whole = s + added, s + added.masked_fill(added == -torch.inf, 0.0)
     if mask:
         s = s.masked_fill(~_score.evaluate(mask, tables, *sizes, dtype=f, device=q.device), -torch.inf)
     none = (s == -torch.inf).all(-1, keepdim=True)
@@ -74,7 +76,7 @@ def reference(
     elif empty == "nan_fill":
         p = s.softmax(-1)
     elif empty == "mean":
-        p = torch.where(none, raw - raw.detach(), s).softmax(-1)
+        p = torch.where(none, whole - whole.detach(), s).softmax(-1)
     else:
         p = s.masked_fill(none, 0.0).softmax(-1)
         p = p if empty == "fill" else p.masked_fill(none, 0.0)
@@ -111,7 +113,8 @@ def unsupported(
         yield f"the sinks are {sinks.dtype}; the kernel takes floats"
     if not 0 <= dropout < 1:
         yield f"it drops weights with probability {dropout}, which is not within 0 .. 1"
-    yield from _unsupported_empty(tables, bias, softcap, sinks, dropout, empty)
+    if empty not in EMPTY:
+        yield f"empty is {empty!r}, none of {', '.join(EMPTY)}"
 
 
 def _unsupported_sizes(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
@@ -139,8 +142,8 @@ def _unsupported_sizes(q: Tensor, k: Tensor, v: Tensor) -> Iterator[str]:
 def _unsupported_tables(
     q: Tensor, k: Tensor, tables: Sequence[Tensor], mask: str, bias: str
 ) -> Iterator[str]:
-    if len(tables) > len(_score.TABLES):
-        yield f"it reads {len(tables)} tables; the kernel takes up to {len(_score.TABLES)}"
+    if len(tables) > MAX_TABLES:
+        yield f"it reads {len(tables)} tables; the kernel takes up to {MAX_TABLES}"
     for i, table in enumerate(tables):
         if table.is_complex():
             yield f"t{i} is {table.dtype}; the kernel takes bool, integer or floating tables"
@@ -158,110 +161,6 @@ def _unsupported_reads(text: str, tables: Sequence[Tensor], sizes: dict[str, Any
         size, bound = known(tables[_score.TABLES.index(name)].shape[dim]), known(sizes[index])
         if size is not None and bound is not None and size < bound:
             yield f"{name} has {size} entries in dimension {dim}, which {index} reads up to {bound}"
-
-
-def _unsupported_empty(
-    tables: Sequence[Tensor],
-    bias: str,
-    softcap: float,
-    sinks: Tensor | None,
-    dropout: float,
-    empty: str,
-) -> Iterator[str]:
-    if empty not in EMPTY:
-        yield f"empty is {empty!r}, none of {', '.join(EMPTY)}"
-    if sinks is not None:
-        return
-    if dropout and empty in ("mean", "fill"):
-        yield f"it drops weights of rows that keep no key, which are the {empty} of the values"
-    if empty == "mean" and softcap:
-        yield "scores with a softcap reach rows that keep no key, which are the mean of the values"
-    if empty == "mean" and any(t.requires_grad for t in _read(tables, bias)):
-        yield "a bias that takes gradients reaches rows that keep no key, which are the mean of the values"
-
-
-def _read(tables: Sequence[Tensor], text: str) -> list[Tensor]:
-    return [t for name, t in zip(_score.TABLES, tables, strict=False) if name in _score.names(text)]
-
-
-# rows that keep no key
-
-
-def _settled(empty: str, sinks: Tensor | None, mask: str, bias: str, s: int, t: int) -> bool:
-    """Whether rows that keep no key are as the kernels leave them: it is "zero", or there are none."""
-    if empty == "zero" or sinks is not None or not s or not t:
-        return True
-    return not bias and _score.keeps_every_row(mask, s, t)
-
-
-def _heads(x: Tensor, like: Tensor) -> Tensor:
-    """[B, G, ...] as [B, H, ...]: each key head for the query heads that read it."""
-    return x.repeat_interleave(like.shape[1] // x.shape[1], 1)
-
-
-def _settle(out: Tensor, lse: Tensor, v: Tensor, empty: str) -> Tensor:
-    """out with its rows that keep no key."""
-    none = (lse == torch.inf).unsqueeze(-1)
-    if out.device.type == "cpu" and not none.any():
-        return out
-    if empty in ("nan", "nan_fill"):
-        return out.masked_fill_(none, torch.nan)
-    mean = v.to(lse.dtype).mean(2, keepdim=True).to(out.dtype)
-    return out.copy_(torch.where(none, _heads(mean, out), out))
-
-
-def _settle_gradients(
-    grads: tuple[Any, ...], dout: Tensor, call: tuple[Any, ...], out: Tensor, lse: Tensor, empty: str
-) -> tuple[Any, ...]:
-    """dq, dk, dv, dsinks and dtables with what rows that keep no key add to them."""
-    q, k, v, _tables, _mask, bias, scale = call[:7]
-    dq, dk, dv, dsinks, dtables = grads
-    none = lse == torch.inf
-    if q.device.type == "cpu" and not none.any():
-        return grads
-    if empty in ("nan", "nan_fill"):
-        group = none.any(2).unflatten(1, (k.shape[1], -1)).any(2)[..., None, None]
-        if empty == "nan_fill":
-            return dq, dk, dv.masked_fill(group, torch.nan), dsinks, dtables
-        _spread_nan(none, dtables, bias, k.shape[2])
-        return dq.masked_fill(none.unsqueeze(-1), torch.nan), *(
-            x.masked_fill(group, torch.nan) for x in (dk, dv)
-        ), dsinks, dtables  # fmt: skip
-    f, n, t = lse.dtype, q.shape[1] // k.shape[1], k.shape[2]
-    rows = torch.where(none.unsqueeze(-1), dout.to(f), 0.0)
-    group = lambda x: x.unflatten(1, (-1, n)).sum(2)  # noqa: E731
-    dv = (dv + group(rows.sum(2, keepdim=True)) / t).to(v.dtype)
-    if empty == "fill":
-        return dq, dk, dv, dsinks, dtables
-    k, v = k.to(f), v.to(f)
-    delta = (rows * out).sum(-1, keepdim=True)
-    products = rows @ _heads(v.mT @ k, q) - delta * _heads(k.sum(2, keepdim=True), q)
-    dq = (dq + products * (scale / t)).to(q.dtype)
-    moments = v @ group(rows.mT @ q.to(f)) - group((delta * q).sum(2, keepdim=True))
-    dk = (dk + moments * (scale / t)).to(q.dtype)
-    return dq, dk, dv, dsinks, dtables
-
-
-def _spread_nan(none: Tensor, dtables: Sequence[Tensor | None], bias: str, t: int) -> None:
-    """NaN at the entries that a row without keys reads, for whichever key."""
-    for number, dtable in enumerate(dtables):
-        if dtable is not None:
-            for form in _score.gradient_forms(bias, number):
-                dtable.masked_fill_(_hit(none, form, t), torch.nan)
-
-
-def _hit(none: Tensor, form: tuple[str, ...], t: int) -> Tensor:
-    """Whether a row of `none` reads an entry of a table of that form; broadcasts to the table."""
-    names, s = ["b", "h", "q"], none.shape[2]
-    if "relative" in form:
-        before = F.pad(none.int().cumsum(2), (1, 0))  # of the rows up to each
-        first = s - 1 - torch.arange(s + t - 1, device=none.device)  # the row that reads it for key 0
-        names[2], none = "relative", before[..., (first + t).clamp(0, s)] > before[..., first.clamp(0, s)]
-    over = [i for i, name in enumerate(names) if name not in form]
-    none = none.sum(over) > 0 if over else none
-    left = [name for name in names if name in form]
-    none = none.permute([left.index(name) for name in form if name in left])
-    return none[tuple(slice(None) if name in left else None for name in form)]
 
 
 # the operators
@@ -293,11 +192,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse (each device's own, +inf for rows that keep no key) and the seed."""
     seed = _seed(q, dropout)
-    settled = _settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
+    settled = _attention_rows.settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
     out, lse = _kernels(q).launch_forward(
         q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, seed, save=save or not settled
     )
-    return out if settled else _settle(out, lse, v, empty), lse, seed
+    if not settled:
+        call = _attention_rows.Call(_kernels(q), q, k, v, tables, bias, scale, softcap, dropout, seed, empty)
+        out = _attention_rows.settle(call, out, lse)
+    return out, lse, seed
 
 
 def _save(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -330,21 +232,23 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Any, ...]:
     """dq, dk, dv, dsinks, dtables: those that are not wanted are of no size."""
-    settled = _settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
+    settled = _attention_rows.settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
     kept = (
         out
-        if settled or empty not in ("nan", "nan_fill")
+        if settled or empty not in _attention_rows.NANS
         else out.masked_fill((lse == torch.inf).unsqueeze(-1), 0.0)
     )
     grads = _kernels(q).launch_backward(
         dout, q, k, v, tables, mask, bias, kept, lse, scale, softcap, sinks, dropout, seed, list(wanted)
     )
     if not settled:
-        call = (q, k, v, tables, mask, bias, scale)
-        grads = _settle_gradients(grads, dout, call, kept, lse, empty)
+        call = _attention_rows.Call(_kernels(q), q, k, v, tables, bias, scale, softcap, dropout, seed, empty)
+        grads = _attention_rows.settle_gradients(call, grads, dout, kept, lse, wanted[:-1])
     dq, dk, dv, dsinks, dtables = grads
     given = zip((dsinks, *dtables), (sinks, *tables), strict=True)
-    some = [q.new_empty(0) if x is None or like is None else x.to(like.dtype) for x, like in given]
+    some = [
+        q.new_empty(0) if x is None or like is None else x.to(like.dtype).contiguous() for x, like in given
+    ]
     return dq, dk, dv, some[0], some[1:]
 
 
@@ -413,8 +317,6 @@ class Attention(torch.autograd.Function):
         for number, needed in enumerate(wanted[:-1]):
             if needed:
                 _score.gradient_forms(bias, number)  # raises where it has none
-                if empty == "mean" and sinks is None:
-                    raise NotImplementedError(f"t{number} has no gradient where empty rows are the mean")
         dq, dk, dv, dsinks, dtables = backward_op(
             dout, q, k, v, tables, mask, bias, out, lse, seed, scale, softcap, sinks, dropout, empty, wanted
         )

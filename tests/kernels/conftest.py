@@ -17,7 +17,7 @@ from fxaccel.kernels import _flash_source, _flash_spans
 FLASH = ("backward", "bias", "forward", "lists", "source", "tiles")
 KERNELS = ("_rows", "_flash", *(f"_flash_{name}" for name in FLASH))
 OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in KERNELS]
-GENERATED = (_flash_source.keep, _flash_source.bias, _flash_spans.blocks)
+GENERATED = (_flash_source.keep, _flash_source.bias, _flash_source.flat, _flash_spans.blocks)
 
 
 class _Interpreted(InterpretedFunction):
@@ -41,9 +41,8 @@ def interpreter():
     TRITON_INTERPRET acts when a kernel is defined, so it would have to be set before anything imports
     Triton, and would then make it impossible to compile in the same process.
     """
-    scopes = (
-        *OURS, tl, tl.core, tl.math, tl.standard, random, tl.dtype, tl.tensor, tl.core.tensor_descriptor_base,
-    )  # fmt: skip
+    classes = (tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
+    scopes = (*OURS, tl, tl.core, tl.math, tl.standard, random, *classes)
     before = [dict(vars(scope)) for scope in scopes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

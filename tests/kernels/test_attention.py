@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxaccel.kernels import _attention_cpu, _flash, _score, _score_blocks
+from fxaccel.kernels import _attention_cpu, _attention_rows, _flash, _score, _score_blocks
 from fxaccel.kernels import attention as kernel
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -312,10 +312,8 @@ def test_strides(bias, softcap, layout, near):
 @pytest.mark.parametrize("empty", kernel.EMPTY)
 @pytest.mark.parametrize(("b", "s", "t"), [(2, 0, 5), (2, 5, 0), (2, 0, 0), (0, 5, 5)])
 def test_sizes_of_zero(b, s, t, empty, softcap):
-    softcap = 0.0 if empty == "mean" else softcap
     q, k, v, dout = tensors(b, 4, 2, s, t, 16, 8)
     tables = [torch.randn(4, 1, t), torch.ones(b, t, dtype=torch.bool)]
-    wanted = empty != "mean"
     out, *grads = results(
         kernel.op,
         q,
@@ -326,7 +324,7 @@ def test_sizes_of_zero(b, s, t, empty, softcap):
         "(k <= q) & t1[b, k]",
         "t0[h, 0, k]",
         None,
-        wanted,
+        True,
         softcap=softcap,
         empty=empty,
     )
@@ -430,7 +428,7 @@ def test_bands_that_leave_every_row_a_key_are_known():
     for s, t, low, high in itertools.product(range(1, 6), range(1, 6), range(-6, 7), range(-6, 7)):
         for mask in (f"(k >= q + {low}) & (k <= q + {high})", f"k >= q + {low}", f"k <= q + {high}"):
             every = _score.evaluate(mask, [], 1, 1, s, t).any(-1).all().item()
-            assert kernel._settled("nan", None, mask, "", s, t) == every, (mask, s, t)
+            assert _attention_rows.settled("nan", None, mask, "", s, t) == every, (mask, s, t)
 
 
 @pytest.mark.parametrize("form", ["t0[0, h, q, k]", "t0[h, k - q + S - 1]", "t0[b, 0, 0, k]", "t0[q, b]"])
@@ -804,6 +802,7 @@ KEEP = meta(2, 7, dtype=torch.bool)
         ((Q, K, K, [], "k - q"), {}, "the mask, 'k - q', is a int"),
         ((Q, K, K, [], "", "k <= q"), {}, "the bias, 'k <= q', is a bool"),
         ((Q, K, K, [KEEP], "t1[b, k]"), {}, "the mask reads t1, and there are 1 tables"),
+        ((Q, K, K, [KEEP] * 4, "r4[b, k]"), {}, "the mask reads r4, and there are 4 tables"),
         ((Q, K, K, [KEEP], "t0[b]"), {}, "the mask reads t0 by 1 indices; it has 2 dimensions"),
         ((Q, K, K, [KEEP], "t0[b, q]"), {}, ""),
         ((Q, K, K, [KEEP[:, :5]], "t0[b, k]"), {}, "t0 has 5 entries in dimension 1, which k reads up to 7"),
@@ -811,13 +810,6 @@ KEEP = meta(2, 7, dtype=torch.bool)
         ((Q, K, K), {"sinks": meta(4, dtype=torch.int64)}, "the sinks are torch.int64"),
         ((Q, K, K), {"dropout": 1.0}, "it drops weights with probability 1.0"),
         ((Q, K, K), {"empty": "one"}, "empty is 'one', none of zero, nan, nan_fill, mean, fill"),
-        ((Q, K, K), {"empty": "mean", "dropout": 0.1}, "it drops weights of rows that keep no key"),
-        ((Q, K, K), {"empty": "mean", "softcap": 2.0}, "scores with a softcap reach rows that keep no key"),
-        (
-            (Q, K, K, [meta(4).requires_grad_()], "", "t0[h]"),
-            {"empty": "mean"},
-            "a bias that takes gradients reaches rows that keep no key",
-        ),
     ],
 )
 def test_unsupported(args, options, why):
@@ -829,10 +821,10 @@ def test_supported():
     read = "t0[h, 0, k]"
     assert list(kernel.unsupported(Q, K, K, [meta(4, 1, 7)], "", read)) == []
     assert list(kernel.unsupported(Q, K, meta(2, 2, 7, 256), [KEEP], "t0[b, k]")) == []
-    options = {"softcap": 30.0, "sinks": meta(4), "dropout": 0.5, "empty": "mean"}
-    assert (
-        list(kernel.unsupported(Q, K, K, [meta(4).requires_grad_()], "k <= q", "t0[h]", 0.5, **options)) == []
-    )
+    table = meta(4).requires_grad_()
+    for empty, sinks in itertools.product(kernel.EMPTY, (meta(4), None)):
+        options = {"softcap": 30.0, "sinks": sinks, "dropout": 0.5, "empty": empty}
+        assert list(kernel.unsupported(Q, K, K, [table], "k <= q", "t0[h]", 0.5, **options)) == []
 
 
 def test_sizes_that_are_symbols_are_not_decided():

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from fxaccel.kernels import _flash, _flash_blocks, _rows
+from fxaccel.kernels import _attention_rows, _flash, _flash_blocks, _rows
 
 triton = pytest.importorskip("triton")
 nvidia = pytest.importorskip("triton.backends.nvidia")
@@ -136,6 +136,7 @@ FEATURES = {  # mask, bias, softcap, sinks, dropout
     "dropout": ("k <= q", "", 0.0, False, 0.1),
     "tensor mask": ("t0[b, 0, q, k]", "", 0.0, False, 0.0),
     "all": ("(k <= q) & (t0[b, q] == t0[b, k])", "t1[b, h, q, k]", 50.0, True, 0.1),
+    "empty rows": (_attention_rows.ROWS, f"{RELATIVE} + t1[b, h, q, k]", 50.0, False, 0.1),
 }
 B, H, G, S, T = 2, 8, 2, 1000, 1100
 
@@ -144,14 +145,16 @@ def tables_of(features):
     """Tensors of the shapes that a feature set reads, of no content."""
     make = lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     documents, full = make((B, T), torch.int64), make((B, H, S, T), torch.bfloat16)
+    relative, empty = make((H, S + T - 1), torch.float32), make((B, H, S), torch.bool)
     return {
         "documents": [documents],
         "padding": [make((B, T), torch.bool)],
         "tensor bias": [make((1, H, S, T), torch.bfloat16)],
         "slopes": [make((H,), torch.float32)],
-        "relative": [make((H, S + T - 1), torch.float32)],
+        "relative": [relative],
         "tensor mask": [make((B, 1, S, T), torch.bool)],
         "all": [documents, full],
+        "empty rows": [relative, full, empty, empty, empty],
         "language": [documents, make((H,), torch.float32), make((S, T), torch.bool)],
     }.get(features, [])
 
@@ -183,10 +186,11 @@ def launch(dtype, d, features, wanted):
     tables = tables_of(features)
     sinks = torch.empty(H, device="meta") if sink else None
     rest = (0.125, softcap, sinks, dropout, torch.empty(1, dtype=torch.int64, device="meta"))
-    out, lse = _flash.launch_forward(q, k, v, tables, mask, bias, *rest, save=True)
+    flat = features == "empty rows"
+    out, lse = _flash.launch_forward(q, k, v, tables, mask, bias, *rest, save=True, flat=flat)
     shapes = [t.shape for t in tables]
     asked = [wanted and not _flash.unsupported_gradient(bias, shapes, i) for i in range(len(tables))]
-    _flash.launch_backward(out, q, k, v, tables, mask, bias, out, lse, *rest, (*asked, sink))
+    _flash.launch_backward(out, q, k, v, tables, mask, bias, out, lse, *rest, (*asked, sink), flat=flat)
 
 
 def compile_launch(target, fn, args, options):
@@ -216,7 +220,9 @@ def test_flash(target, features, d, launches):
     check_flash(launches, target, torch.bfloat16, d, features)
 
 
-AMD_FEATURES = ("causal", "window", "documents", "tensor bias", "dropout", "all")  # the rest are like these
+# on AMD, these; the rest are like them
+AMD_FEATURES = ("causal", "window", "documents", "tensor bias", "dropout", "all", "empty rows")
+SPILLS = ("all", "empty rows")  # everything at once
 GRID = [(t, f) for t in TARGETS for f in FEATURES if not t.startswith("gfx") or f in AMD_FEATURES]
 
 
@@ -224,12 +230,16 @@ def test_every_expression_compiles(launches):
     check_flash(launches, "sm_90", torch.bfloat16, 16, "language", may_spill=True)
 
 
+def test_rows_that_keep_no_key_compile(launches):
+    check_flash(launches, "sm_90", torch.bfloat16, 16, "empty rows", wanted=True, may_spill=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize(("target", "features"), GRID)
 def test_flash_in_full(target, features, d, launches):
     """Without spills, but where everything is asked for at once: that runs, at what it costs."""
-    check_flash(launches, target, torch.bfloat16, d, features, wanted=True, may_spill=features == "all")
+    check_flash(launches, target, torch.bfloat16, d, features, wanted=True, may_spill=features in SPILLS)
 
 
 @pytest.mark.slow
