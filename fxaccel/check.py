@@ -10,7 +10,7 @@ parameter and input by one eps does to the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,15 @@ from fxaccel import evaluate
 from fxaccel.capture import Call
 from fxaccel.effects import is_random
 from fxaccel.ir import Program
-from fxaccel.proof import distance, share_of_tolerance
 from fxaccel.structure import Structure, deliver, flatten, objects
+from fxaccel.tolerance import DRAWS, distance, share_of_tolerance
 from fxaccel.tree import belongings, clone_tree, without_root_hooks
 
 if TYPE_CHECKING:
     from fxaccel.session import Capture
 
 
-_PLAUSIBLE = 64  # times the rounding of one run in float64: a sum of n terms may err n**0.5 times as much
+_PLAUSIBLE = 64  # times the rounding that draws show: more than they see of it by chance
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,31 @@ def compare_runs(
     if verdict.ok or verdict.share in (0.0, math.inf):
         return verdict
     # Beyond the original's own error: allow what one eps in every operator explains.
-    with evaluate.Unsteady():
-        moved = _in_float64(raw, original, example, state)
-    return _verdict(old, new, found, "float64", moved or {})
+    draws = [_unsteady(raw, original, example, state, seed) for seed in range(1, DRAWS + 1)]
+    return _verdict(old, new, found, "float64", draws)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What a run shows in which every operator is off by a little, and the size of its largest tensor."""
+
+    values: dict[str, Any]
+    largest: int
+
+
+def _unsteady(raw: Program, original: nn.Module, example: Call, state: Tensor, seed: int) -> _Draw:
+    with evaluate.Unsteady(seed) as mode:
+        return _Draw(_in_float64(raw, original, example, state) or {}, mode.largest)
 
 
 def _verdict(
-    old: _Seen, new: _Seen, reference: dict[str, Any], yardstick: str, moved: dict[str, Any] | None = None
+    old: _Seen, new: _Seen, reference: dict[str, Any], yardstick: str, draws: Sequence[_Draw] = ()
 ) -> Verdict:
     worst = 0.0
     for name, value in old.values.items():
         if name not in new.values:
             continue  # a parameter that a pass replaced has no gradient of its own
-        aside = (moved or {}).get(name)
-        share, why = _difference(value, new.values[name], reference.get(name), yardstick, aside)
+        share, why = _difference(value, new.values[name], reference.get(name), yardstick, name, draws)
         if why or share > 1:
             return Verdict(False, share, f"{name} {why or f'is {share:.3g} times the tolerance away'}")
         worst = max(worst, share)
@@ -234,7 +245,9 @@ def _nudged(value: Tensor) -> Tensor:
     return value * (1 + torch.finfo(value.dtype).eps * signs.to(value.device)).to(value.dtype)
 
 
-def _difference(old: Any, new: Any, reference: Any, yardstick: str, moved: Any) -> tuple[float, str]:
+def _difference(
+    old: Any, new: Any, reference: Any, yardstick: str, name: str, draws: Sequence[_Draw]
+) -> tuple[float, str]:
     """Distance as a share of the tolerance, or a sentence where the two cannot be compared."""
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         same = old is new or (type(old) is type(new) and old == new)
@@ -248,20 +261,22 @@ def _difference(old: Any, new: Any, reference: Any, yardstick: str, moved: Any) 
     if reference is None:
         return math.inf, "differs, and nothing says by how much it may"
     if yardstick == "float64":
-        share, why = share_of_tolerance(reference, old, new, moved), _doubt(old, reference, moved)
-        return (math.inf if moved is not None else 2.0, why) if why else (share, "")
+        moved = [m for m in (d.values.get(name) for d in draws) if isinstance(m, Tensor)]
+        share, why = share_of_tolerance(reference, old, new, moved), _doubt(old, reference, moved, draws)
+        return (math.inf if draws else 2.0, why) if why else (share, "")
     return share_of_tolerance(evaluate.widen(old), reference, new), ""
 
 
-def _doubt(old: Tensor, reference: Tensor, moved: Any) -> str:
+def _doubt(old: Tensor, reference: Tensor, moved: Sequence[Tensor], draws: Sequence[_Draw]) -> str:
     """Why the graph is no yardstick: the model is further away from it than rounding can explain."""
     if not reference.numel():
         return ""
     eps, away = torch.finfo(old.dtype).eps, distance(reference, old)
     if away <= math.sqrt(eps) * float(torch.nan_to_num(reference.detach()).abs().max()):
         return ""
-    rounding = eps * distance(reference, moved) / evaluate.UNSTEADY if isinstance(moved, Tensor) else 0.0
-    if away <= _PLAUSIBLE * rounding:
+    rounding = eps / evaluate.UNSTEADY * max((distance(reference, m) for m in moved), default=0.0)
+    terms = max((d.largest for d in draws), default=0)  # of a sum, at most: its error grows with their root
+    if away <= max(_PLAUSIBLE, math.sqrt(terms)) * rounding:
         return ""
     return f"is {away:.3g} away from the captured graph run in float64, in the model itself"
 

@@ -31,11 +31,14 @@ _SELECTS = {"amax", "amin", "aminmax", "max", "min", "median", "nanmedian"}  # b
 
 
 class Unsteady(TorchDispatchMode):
-    """Inside, each element that an operator computes in float64 is off by a relative +-2**-30."""
+    """Inside, each element that an operator computes in float64 is off by a relative +-2**-30.
 
-    def __init__(self) -> None:
+    `largest` is the number of elements of the largest tensor that was computed.
+    """
+
+    def __init__(self, seed: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator, self.largest = torch.Generator().manual_seed(seed), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -43,6 +46,7 @@ class Unsteady(TorchDispatchMode):
             return result  # values that were off already
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.dtype is torch.float64 and tensor.numel():
+                self.largest = max(self.largest, tensor.numel())
                 signs = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor)
                 moved = tensor * (1 + UNSTEADY * (2 * signs - 1))
                 tensor.copy_(torch.where(moved.isinf(), tensor, moved))  # finfo.max stays finite

@@ -20,7 +20,6 @@ with one structure are proved once; the key is a hash of both fragments and thei
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,11 +31,10 @@ from torch import Tensor, fx, nn
 
 from fxaccel.effects import learned
 from fxaccel.errors import ProofError
-from fxaccel.evaluate import UNSTEADY, Unsteady, dropped, run_nodes, widen
+from fxaccel.evaluate import Unsteady, dropped, run_nodes, widen
 from fxaccel.ir import Program, SizeSpec, expr, is_tensor, number, structure
+from fxaccel.tolerance import DRAWS, algebra_differs, same_kind, share_of_tolerance
 
-_SHRINK = 2.0**-12  # errors are made at 2**-30, to be seen clearly, and scaled down to 2**-42
-_LOST = 2.0**2  # two bits
 _ODD = (3, 5, 7, 11, 13, 17, 9, 15, 19, 23, 33)
 _EVEN = (4, 8, 2, 16, 6, 10, 32, 64, 128)
 
@@ -265,14 +263,21 @@ class _Trial:
         if _versions(values, wide) != versions:
             return f"with {trial} the replacement writes to its input"
         self.trials.append(trial)
-        with Unsteady():
-            moved = self.run(self.before, wide, double=True)
+        moved = [self.unsteady(wide, 1)]
         if self.numerics in ("bitwise", "reassociated"):
-            why = _algebra(reference, algebra, moved)
+            why = algebra_differs(reference, algebra, moved[0])
             if why:
                 return f"with {trial} {why}"
         why = self.rounding(reference, moved, old, new)
+        if why:  # one draw can be a lucky one
+            moved += [self.unsteady(wide, seed) for seed in range(2, DRAWS + 1)]
+            why = self.rounding(reference, moved, old, new)
         return f"with {trial} {why}" if why else ""
+
+    def unsteady(self, wide: list[Any], seed: int) -> tuple[list[Any], list[Any]]:
+        """The original with every operator off by a little."""
+        with Unsteady(seed):
+            return self.run(self.before, wide, double=True)
 
     def run(self, part: Fragment, values: list[Any], double: bool = False) -> tuple[list[Any], list[Any]]:
         """Outputs and, where gradients flow, the gradients of a random weighting of them."""
@@ -286,14 +291,15 @@ class _Trial:
         weights = [_weights(o) for o in flowing]
         return outputs, list(torch.autograd.grad(flowing, wanted, weights, allow_unused=True))
 
-    def rounding(self, reference: Any, moved: Any, old: Any, new: Any) -> str:
+    def rounding(self, reference: Any, moved: list[Any], old: Any, new: Any) -> str:
+        draws = [[list(values) for values in zip(*kind, strict=True)] for kind in zip(*moved, strict=True)]
         for kind, refs, others, olds, news in zip(
-            ("output", "gradient"), reference, moved, old, new, strict=True
+            ("output", "gradient"), reference, draws, old, new, strict=True
         ):
             if len(olds) != len(news):
                 return f"the original has {len(olds)} {kind}s and the replacement {len(news)}"
             for i, (ref, other, o, n) in enumerate(zip(refs, others, olds, news, strict=True)):
-                why = _same_kind(o, n)
+                why = same_kind(o, n)
                 if why:
                     return f"{kind} {i} {why}"
                 if not isinstance(ref, Tensor):
@@ -311,75 +317,6 @@ class _Trial:
 def _versions(*groups: list[Any]) -> list[int]:
     """How often each tensor has been written to."""
     return [v._version for values in groups for v in values if isinstance(v, Tensor)]
-
-
-def share_of_tolerance(
-    ref: Tensor, old: Tensor, new: Tensor, moved: Tensor | None = None, *, exact: bool = False
-) -> float:
-    """Distance of `new` from `ref` as a share of what rounding allows.
-
-    ref     the original in float64; old, new: the original and the replacement in their own dtype
-    moved   the original in float64 under Unsteady, where that was run
-    """
-    if exact or not (new.dtype.is_floating_point or new.dtype.is_complex):
-        return 0.0 if torch.equal(_nan_free(old), _nan_free(new)) else math.inf
-    if (torch.isfinite(ref) & torch.isfinite(old) & ~torch.isfinite(new)).any():
-        return math.inf
-    eps = torch.finfo(new.dtype).eps
-    largest = (
-        float(torch.nan_to_num(ref.detach(), posinf=0.0, neginf=0.0).abs().max()) if ref.numel() else 0.0
-    )
-    condition = 0.0 if moved is None else distance(ref, moved) / UNSTEADY
-    allowed = _LOST * (distance(ref, old) + eps * condition) + 2 * eps * largest
-    found = distance(ref, new)
-    return found / allowed if allowed else (0.0 if found == 0 else math.inf)
-
-
-def distance(ref: Tensor, value: Tensor) -> float:
-    """Largest absolute difference where both are finite; 0 for empty tensors."""
-    if not ref.numel():
-        return 0.0
-    difference = (widen(value) - ref).detach().abs()
-    return float(torch.nan_to_num(difference, nan=0.0, posinf=0.0).max())
-
-
-def _algebra(reference: Any, algebra: Any, moved: Any) -> str:
-    for kind, refs, news, others in zip(("output", "gradient"), reference, algebra, moved, strict=True):
-        if len(refs) != len(news):
-            return f"the original has {len(refs)} {kind}s and the replacement {len(news)}"
-        for i, (ref, new, other) in enumerate(zip(refs, news, others, strict=True)):
-            if (ref is None) != (new is None):
-                return f"{kind} {i} is {'missing' if new is None else 'new'} in the replacement"
-            if not isinstance(ref, Tensor) or not isinstance(new, Tensor):
-                if ref != new:
-                    return f"{kind} {i} is {new} where the original has {ref}"
-                continue
-            if ref.shape != new.shape:
-                return f"{kind} {i} has shape {list(new.shape)} where the original has {list(ref.shape)}"
-            if not torch.equal(torch.isfinite(ref), torch.isfinite(new)):
-                return f"{kind} {i} is not finite in other places than the original"
-            scale = float(torch.nan_to_num(ref.detach()).abs().max()) if ref.numel() else 0.0
-            allowed = _SHRINK * distance(ref, other) + 64 * torch.finfo(torch.float64).eps * scale
-            found = distance(ref, new)
-            if found > allowed:
-                return (
-                    f"{kind} {i} differs by {found:.3g} in float64 on values up to {scale:.3g} "
-                    f"(tolerance {allowed:.3g})"
-                )
-    return ""
-
-
-def _same_kind(old: Any, new: Any) -> str:
-    if (old is None) != (new is None):
-        return "is missing in one of the two"
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        if old.dtype != new.dtype or old.device != new.device:
-            return f"is {new.dtype} on {new.device}, the original {old.dtype} on {old.device}"
-        if old.shape != new.shape:
-            return f"has shape {list(new.shape)}, the original {list(old.shape)}"
-    elif type(old) is not type(new):
-        return f"is a {type(new).__name__}, the original a {type(old).__name__}"
-    return ""
 
 
 def holds(guards: Iterable[str], sizes: dict[str, int]) -> bool:
@@ -452,10 +389,6 @@ def _weights(output: Tensor) -> Tensor:
 def _informative(result: tuple[list[Any], list[Any]]) -> bool:
     floats = [t for t in result[0] if isinstance(t, Tensor) and t.dtype.is_floating_point and t.numel()]
     return all(torch.isfinite(t).double().mean() >= 0.5 for t in floats)
-
-
-def _nan_free(value: Tensor) -> Tensor:
-    return torch.nan_to_num(value) if value.dtype.is_floating_point else value
 
 
 def _symbols(val: Any) -> set[sympy.Symbol]:

@@ -53,21 +53,18 @@ def as_fill(value: Value, whole: Value) -> tuple[Fill, Value] | None:
 
 
 def understand(
-    p: Problem, fills: Sequence[Fill], terms: Sequence[Term], without_key: str, equal: str = "plain"
+    p: Problem, fills: Sequence[Fill], terms: Sequence[Term], without_key: str, sink: bool = False
 ) -> Mask:
     """The mask and the bias of scores with these fills and added terms.
 
     without_key   what a row of -inf gives, as written: "nan" or "zero"
-    equal         what becomes of a row of huge negative numbers, whose weights are equal: "plain", they are
-                  used as they are; or capped or dropped, said so; or "" as a sink takes all the weight
+    sink          a sink takes all the weight of a row without keys
     """
     hard, soft, rest = _sorted(p, fills, terms)
     keep, why, empty = simplified(_all((*hard, *soft)), p), list[str](), "zero"
     seen = sees_a_key(keep, p)
-    if equal == "plain" and any(r.node in p.learned for t in rest for r in reads(t.value)):
-        equal = "made of a bias that learns"
-    if not seen and soft and equal:
-        empty, why = _without_key(p, hard, soft, equal)
+    if not seen and soft and not sink:
+        empty, why = _without_key(p, hard, soft)
     elif not seen and hard:
         empty, why = _minus_infinity(hard, without_key)
     text = Spelling(p)
@@ -141,7 +138,7 @@ def _minus_infinity(hard: Sequence[Fill], without_key: str) -> tuple[str, list[s
     return "nan_fill", []
 
 
-def _without_key(p: Problem, hard: Sequence[Fill], soft: Sequence[Fill], equal: str) -> tuple[str, list[str]]:
+def _without_key(p: Problem, hard: Sequence[Fill], soft: Sequence[Fill]) -> tuple[str, list[str]]:
     """What a row gives that may see no key, where huge numbers mean "not seen", and why it cannot be had."""
     fill, value = soft[0], min(f.value for f in soft)
     if len(soft) + len(hard) > 1:
@@ -149,8 +146,6 @@ def _without_key(p: Problem, hard: Sequence[Fill], soft: Sequence[Fill], equal: 
             f"a row may see no key, and then {len(hard) + len(soft)} masks, one of which fills with "
             f"{value:g}, leave some of its keys and not others"
         ]
-    if equal != "plain" and (fill.added or "learns" not in equal):
-        return "zero", [f"a row may see no key, and its equal weights are then {equal}"]
     if fill.added and (value > -(2.0**100) or p.dtype is torch.float16):
         return "zero", [f"a row may see no key, and its scores then differ by what {value:g} does not absorb"]
     return "mean" if fill.added else "fill", []

@@ -92,7 +92,7 @@ def called(program: Program, root: fx.Node) -> Match | Miss:
     scale = a["scale"]
     if scale is None and dimension(d).is_number:
         scale = 1 / math.sqrt(int(dimension(d)))
-    found = understand(p, fills, terms, "zero", "dropped" if a["dropout_p"] else "plain")
+    found = understand(p, fills, terms, "zero")
     site = Site(Operand(q), *operands(k, v, False), scale, found, dropout=float(a["dropout_p"]))
     return _match(program, root, [root], site, reader)
 
@@ -166,8 +166,8 @@ def _assembled(
         sink = element(walk.reader, sink_node, (B, H, Q, ZERO))
         if symbols(sink) & {B.of, Q.of, K.of}:
             why.append("the extra logit is not one a head")
-    equal = "" if sink is not None else "dropped" if dropout else "capped" if walk.cap else "plain"
-    found = understand(p, walk.fills, walk.terms, "nan" if sink is None else "zero", equal)
+    without_key = "nan" if sink is None else "zero"
+    found = understand(p, walk.fills, walk.terms, without_key, sink=sink is not None)
     k, v = operands(product.args[1], v, True)
     wanted = v.node.meta["val"].dtype
     q, k = narrowed(Operand(product.args[0]), wanted), narrowed(k, wanted)

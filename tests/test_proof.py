@@ -11,7 +11,8 @@ from fxaccel import manager
 from fxaccel.capture import capture
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import Unsteady
-from fxaccel.proof import holds, materialise, share_of_tolerance
+from fxaccel.proof import holds, materialise
+from fxaccel.tolerance import share_of_tolerance
 from tests.helpers import Function
 
 F = nn.functional

@@ -264,6 +264,10 @@ def clipped(m: Any, s: Tensor) -> Tensor:
     return s + m.distances[:, (k - q).clamp(-5, 5) + 5].to(s.dtype)
 
 
+def bucketed_padding(m: Any, s: Tensor, keep: Tensor) -> Tensor:
+    return causal_padding(m, bucketed(m, s), keep)
+
+
 def tensor_bias(m: Any, s: Tensor, bias: Tensor) -> Tensor:
     return s + bias.to(s.dtype)
 
@@ -337,7 +341,7 @@ class Program:
         g = torch.Generator().manual_seed(seed)
         made: dict[str, Tensor] = {
             "memory": torch.randn(b, T, E, generator=g).to(self.dtype),
-            "keep": (torch.rand(b, s, generator=g) > 0.3).long().index_fill(1, torch.tensor(0), 1),
+            "keep": _padded(torch.rand(b, s, generator=g) > 0.3),
             "ids": torch.randint(0, 2, (b, s), generator=g).cumsum(-1),
             "position": torch.cat([torch.arange(s // 2), torch.arange(s - s // 2)])
             .expand(b, -1)
@@ -347,6 +351,12 @@ class Program:
         }
         x = torch.randn(b, s, E, generator=g).to(self.dtype)
         return x, *(made[n] for n in self.inputs)
+
+
+def _padded(keep: Tensor) -> Tensor:
+    """Rows that begin with a key, but for the last, whose first two queries see none under a causal mask."""
+    keep[:, 0], keep[-1, :2] = True, False
+    return keep.long()
 
 
 CAUSAL = (tril_inf, triu_add, where_finfo, added_finfo, one_minus_tril, tril_zero)
@@ -401,6 +411,12 @@ def programs() -> list[Program]:
         Program(separate, dropped, none, "full, dropout"),
         Program(chunked, dropped, tril_inf, "causal, dropout"),
         Program(separate, dropped, tril_inf, "causal", train=False),
+        Program(separate, dropped, causal_padding, "causal, key padding, dropout", ("keep",), empty="mean"),
+        Program(separate, dropped, bool_padding, "key padding, dropout", ("keep",), empty="fill"),
+        Program(separate, capped, causal_padding, "causal, key padding, softcap", ("keep",), empty="mean"),
+        Program(
+            separate, plain, bucketed_padding, "causal, key padding, relative bias", ("keep",), empty="mean"
+        ),
         Program(three_dimensional, plain, tril_inf, "causal"),
     ]
     for dtype, train in ((torch.bfloat16, True), (torch.float64, True), (torch.float32, False)):
