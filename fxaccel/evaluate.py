@@ -8,6 +8,7 @@ scaled to the eps of another dtype, is what rounding may do there (a random runn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,17 +54,41 @@ class Unsteady(TorchDispatchMode):
         return result
 
 
-def _attention_math(
+def _attention_steps(
     q: Tensor, k: Tensor, v: Tensor, mask: Any = None, p: float = 0.0, causal: bool = False, **kwargs: Any
 ) -> Tensor:
     """Attention by its definition, where the fused kernel would hide the rounding of its steps."""
-    math = torch.ops.aten._scaled_dot_product_attention_math.default
+    steps = torch.ops.aten._scaled_dot_product_attention_math.default
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    return math(q, k, v, mask, p, causal, **kwargs)[0]
+    return steps(q, k, v, mask, p, causal, **kwargs)[0]
 
 
-_BY_DEFINITION = {torch.ops.aten.scaled_dot_product_attention.default: _attention_math}
+def _batch_norm_steps(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    training: bool, momentum: float, eps: float, cudnn: bool,
+) -> Tensor:  # fmt: skip
+    """Batch norm in steps: an error of the batch's mean is one for all of its elements."""
+    if not training:
+        return torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, cudnn)
+    dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+    average = x.mean(dims, keepdim=True)
+    away = x - average
+    spread = (away * away).mean(dims, keepdim=True)
+    if mean is not None and var is not None:
+        n = x.numel() // x.shape[1]
+        unbiased = n / (n - 1) if n > 1 else math.nan
+        mean.data.lerp_(average.detach().flatten(), momentum)
+        var.data.lerp_(spread.detach().flatten() * unbiased, momentum)
+    y = away * torch.rsqrt(spread + eps)
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+_BY_DEFINITION = {
+    torch.ops.aten.scaled_dot_product_attention.default: _attention_steps,
+    torch.ops.aten.batch_norm.default: _batch_norm_steps,
+}
 
 
 def widen(value: Any) -> Any:

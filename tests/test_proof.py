@@ -10,7 +10,7 @@ import fxaccel
 from fxaccel import manager
 from fxaccel.capture import capture
 from fxaccel.errors import ProofError
-from fxaccel.evaluate import Unsteady
+from fxaccel.evaluate import _BY_DEFINITION, Unsteady
 from fxaccel.proof import holds, materialise
 from fxaccel.tolerance import share_of_tolerance
 from tests.helpers import Function
@@ -322,6 +322,26 @@ def test_an_unsteady_run_stays_finite_where_the_exact_one_is():
         moved = torch.full((64,), lowest, dtype=torch.float64)
     assert moved.isfinite().all()
     assert (moved != lowest).any()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5, 2)])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_in_steps_is_batch_norm(training, shape, affine):
+    x, dy = torch.randn(2, *shape, dtype=torch.float64)
+    found = []
+    for run in (aten.batch_norm.default, _BY_DEFINITION[aten.batch_norm.default]):
+        leaf, mean, var = x.clone().requires_grad_(), torch.zeros(3).double(), torch.ones(3).double()
+        w, b = (
+            (torch.linspace(1, 2, 3).double().requires_grad_(), torch.ones(3).double())
+            if affine
+            else (None, None)
+        )
+        y = run(leaf, w, b, mean, var, training, 0.1, 1e-5, False)
+        leaves = [leaf, w] if affine else [leaf]
+        found.append([y, mean, var, *torch.autograd.grad(y, leaves, dy)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_materialise_keeps_dtype_shape_and_strides():
