@@ -32,7 +32,7 @@ _SELECTS = {"amax", "amin", "aminmax", "max", "min", "median", "nanmedian"}  # b
 
 
 class Unsteady(TorchDispatchMode):
-    """Inside, each element that an operator computes in float64 is off by a relative +-2**-30.
+    """Inside, each float that an operator computes is off: by a relative +-2**-30 in float64, else by +-eps.
 
     `largest` is the number of elements of the largest tensor that was computed.
     """
@@ -46,10 +46,11 @@ class Unsteady(TorchDispatchMode):
         if func._opname in _SELECTS or any(r.alias_info for r in func._schema.returns):
             return result  # values that were off already
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.dtype is torch.float64 and tensor.numel():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 self.largest = max(self.largest, tensor.numel())
+                step = UNSTEADY if tensor.dtype is torch.float64 else torch.finfo(tensor.dtype).eps
                 signs = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor)
-                moved = tensor * (1 + UNSTEADY * (2 * signs - 1))
+                moved = tensor * (1 + step * (2 * signs - 1))
                 tensor.copy_(torch.where(moved.isinf(), tensor, moved))  # finfo.max stays finite
         return result
 

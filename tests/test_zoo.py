@@ -40,15 +40,12 @@ IN_PIECES = {
     "time_series train": _LAYERDROP,
     "timm_convit": "a buffer gets its shape at the first call",
     "detr train": "isfinite(hidden_states).all() is a branch on values",
-    **{f"{name} eval": _LABELS for name in AUDIO},
+    **{name: _LABELS for name in AUDIO},
 }
-_UNCHECKED = "in pieces the check has no float64 run, and its bound by one eps is too tight here"
 # By "name" or "name mode": what cannot be accelerated, and why.
 EXCEPTIONS = {
     "nystromformer": "with a mask it adds [B, 1, S, S] to [B, H, L, L]: a defect of the model",
     "paligemma": "without a mask it attends to other keys, in sdpa beside eager attention as well as traced",
-    "diffllama": "a gradient of the fused graph is 1.2 times the tolerance away, so its passes are dropped",
-    **{f"{name} train": f"{_LABELS}; {_UNCHECKED}" for name in AUDIO},
 }
 
 
