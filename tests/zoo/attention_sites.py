@@ -1,0 +1,160 @@
+"""The attentions of the zoo's models, as fuse-attention must report them: kind by kind, how many.
+
+`SITES` has a model with the zoo's inputs, padded where it takes a mask; its kinds are those of "sdpa" and of
+"eager" alike. What is not raised whole stands in `EXCEPTIONS`, by case, with the reason of the report.
+A case is "name implementation", then "unmasked" for inputs without a mask and "train" for training mode.
+"""
+
+from __future__ import annotations
+
+Kinds = dict[str, int]
+
+GROUPS = ", 4 query heads on 2"
+FULL, PADDED = {"full": 2}, {"key padding": 2}
+CAUSAL, GROUPED = {"causal, key padding": 2}, {f"causal, key padding{GROUPS}": 2}
+WINDOWED = {f"causal, window 64, key padding{GROUPS}": 2}
+MULTI_QUERY = {"causal, key padding, 4 query heads on 1": 2}
+ALIBI = {"causal, key padding, a bias of keys": 2}
+# Encoder, decoder and what joins them; the mask is the encoder's.
+PAIRED, SPOKEN = {"key padding": 4, "causal": 2}, {"full": 4, "causal": 2}
+RELATIVE = {"key padding, relative bias": 2, "causal, relative bias": 2, "key padding": 2}
+
+
+def each(names: str, kinds: Kinds) -> dict[str, Kinds]:
+    return dict.fromkeys(names.split(), kinds)
+
+
+SITES: dict[str, Kinds] = {
+    **each("gpt2 opt gpt_neox gptj codegen ctrl biogpt persimmon jetmoe", CAUSAL),
+    **each("llama qwen2 qwen3 gemma phi stablelm nemotron olmo olmo2 cohere granite glm glm4", GROUPED),
+    **each("helium smollm3 ernie4_5 arcee bitnet qwen2_moe qwen3_moe olmoe granitemoe", GROUPED),
+    **each("glm4_moe ernie4_5_moe", GROUPED),
+    **each("mistral gemma3 phi3 starcoder2 olmo3 cohere2 exaone4 mixtral phimoe", WINDOWED),
+    **each("falcon gpt_bigcode", MULTI_QUERY),
+    **each("bloom mpt", ALIBI),
+    "diffllama": {f"causal, key padding{GROUPS}": 4},
+    "llama4": {f"causal, key padding, documents{GROUPS}": 2},
+    "modernbert_decoder": {"causal, key padding": 1, "causal, window 64, key padding": 1},
+    "gpt_oss": {
+        f"causal, key padding{GROUPS}, sinks": 1,
+        f"causal, window 64, key padding{GROUPS}, sinks": 1,
+    },
+    **each("lfm2 recurrent_gemma jamba zamba2", {f"causal, key padding{GROUPS}": 1}),
+    **each("bert roberta xlm_roberta camembert albert distilbert electra ernie esm nomic_bert", PADDED),
+    **each("convbert squeezebert mobilebert megatron_bert rembert roformer xlm flaubert", PADDED),
+    "mpnet": {"key padding, relative bias": 2},
+    "modernbert": {"key padding": 1, "keys up to q + 64, window 65, key padding": 1},
+    "deberta": {"data of queries and keys": 2},
+    "deberta_v2": {"data of queries and keys, a bias tensor": 2},
+    **each("t5 mt5 umt5", RELATIVE),
+    **each("bart mbart pegasus marian m2m_100 blenderbot plbart", PAIRED),
+    **each("whisper moonshine speech_to_text", SPOKEN),
+    **each("vit deit dinov2 dinov2_registers data2vec_vision vit_msn yolos segformer ast", FULL),
+    **each("vit_mae dpt pvt_v2", {"full": 4}),
+    "mobilevit": {"full": 9},
+    "cvt": {"full": 6},
+    "beit": {"a bias tensor": 2},
+    "swin": {"a bias tensor": 4},
+    "sam_vision": {"a bias tensor": 2},
+    "clip": {"causal, key padding": 2, "full": 2},
+}
+
+IMPLEMENTATIONS = ("sdpa", "eager")
+# Models that transformers refuses to build with attn_implementation="sdpa".
+EAGER_ONLY = {
+    "bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt", "openai_gpt", "xglm",
+    "convbert", "deberta", "deberta_v2", "flaubert", "funnel", "megatron_bert", "mpnet", "rembert",
+    "roformer", "squeezebert", "xlm", "xlnet",
+    "cvt", "hiera", "longt5", "mobilevit", "pvt_v2", "speech_to_text", "swinv2",
+}  # fmt: skip
+# Decoders whose inputs have no mask: the same kinds, less the padding.
+UNMASKED: dict[str, Kinds] = {
+    **{
+        name: {kind.replace(", key padding", ""): count for kind, count in kinds.items()}
+        for name, kinds in SITES.items()
+        if all(kind.startswith("causal, ") for kind in kinds)
+    },
+    "bloom": {"causal, an additive index function": 2},  # ALiBi over positions that nothing shifts
+    "llama4": {f"causal, chunks{GROUPS}": 2},
+    "gemma2": {f"causal{GROUPS}, softcap": 1, f"causal, window 64{GROUPS}, softcap": 1},
+    "xglm": {"causal": 2},
+}
+TRAINED: dict[str, Kinds] = {
+    "gpt2 sdpa train": {"causal, key padding, dropout": 2},
+    "gpt2 eager unmasked train": {"causal, dropout": 2},
+    "t5 eager unmasked train": {
+        "relative bias, dropout": 2,
+        "causal, relative bias, dropout": 2,
+        "full, dropout": 2,
+    },
+    "bert sdpa train": {"key padding, dropout": 2},
+    "llama eager train": GROUPED,
+    "mixtral sdpa train": WINDOWED,
+    "gpt_oss eager train": SITES["gpt_oss"],
+    "bloom eager train": ALIBI,
+    "bart eager train": PAIRED,
+    "swin sdpa train": SITES["swin"],
+    "vit eager train": FULL,
+}
+
+_CAPPED = "a row may see no key, and its equal weights are then capped"
+_CLAMPED = "a row may see no key, and its scores are clamped"
+_DROPPED = "a row may see no key, and its equal weights are then dropped"
+_FILLS = "a row may see no key, and then 2 masks, one of which fills with -3.40282e+38, leave some"
+_FIVE_HEADS = "q, k, v have 5 dimensions; the kernel takes up to 4"
+_FIVE = "the scores have 5 dimensions; the kernel takes up to 4"
+_IN_PLACE = "is written in place by aten.copy_"
+_WINDOWS = "aten.reshape stands between the softmax and the product with v"  # the mask of shifted windows
+_HALVES = "the intermediate aten.softmax.int is also read by aten.matmul"  # one softmax, two values
+EXCEPTIONS: dict[str, str] = {
+    "gemma2 eager": _CAPPED,
+    "xglm eager": _CLAMPED,
+    "gpt_neo eager": _FILLS,
+    "gpt_neo eager unmasked": _FILLS,
+    "openai_gpt eager": "the scores are multiplied by a tensor, aten.slice.Tensor, that differs from key",
+    "diffllama eager": _HALVES,
+    "diffllama eager unmasked": _HALVES,
+    "deepseek_v2 sdpa": _IN_PLACE,
+    "deepseek_v2 eager": _IN_PLACE,
+    "deepseek_v3 sdpa": _IN_PLACE,
+    "deepseek_v3 eager": _IN_PLACE,
+    "xlnet eager": "a row may see no key, and its scores then differ by what -1e+30 does not absorb",
+    "funnel eager": "is written in place by aten.mul_.Tensor",
+    "longt5 eager": _FIVE,
+    "hiera eager": _FIVE,
+    "swinv2 eager": _WINDOWS,
+    "gpt2 eager train": _DROPPED,
+    "bert eager train": _DROPPED,
+    "mpnet eager train": _DROPPED,
+    "t5 eager train": _DROPPED,
+    "t5 sdpa train": _DROPPED,
+}
+A_LAYER = {"diffllama": 2}  # two softmaxes, of which one is taken from the other
+NOT_GROUPED = ("jetmoe",)  # the heads of one group are not neighbours
+
+TIMM: dict[str, Kinds] = {
+    **each("vit vit_registers deit deit3 eva naflexvit", FULL),
+    "vit_siglip": {"full": 3},
+    **each("vit_parallel xcit pvt_v2", {"full": 4}),
+    "davit": {"full": 8},
+    "pit": {"full": 12},
+    **each("vit_relpos beit beitv2", {"a bias tensor": 2}),
+}
+TIMM_EXCEPTIONS: dict[str, str] = {
+    **dict.fromkeys(("hiera", "nest", "twins"), _FIVE_HEADS),
+    "volo": _FIVE,
+    **dict.fromkeys(("swin", "swinv2"), _WINDOWS),
+    "tnt": "aten.dropout_ stands between the softmax and the product with v",
+    "mvitv2": "is also read by aten.slice.Tensor",
+}
+
+
+def cases(table: dict[str, Kinds], form: str = "") -> list[str]:
+    """Every model of the table in each implementation that it has, less the exceptions."""
+    every = [
+        f"{name} {implementation} {form}".rstrip()
+        for name in table
+        for implementation in IMPLEMENTATIONS
+        if implementation == "eager" or name not in EAGER_ONLY
+    ]
+    return [case for case in every if case not in EXCEPTIONS]
