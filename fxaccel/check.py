@@ -242,6 +242,7 @@ def _in_float64(raw: Program, original: nn.Module, example: Call, state: Tensor)
         return None  # an operator of one dtype only; the report names the other yardstick
     result: dict[str, Any] = {f"output {i}": _detached(v) for i, v in enumerate(outputs)}
     result |= _gradients(outputs, {n: t for n, t in watched.items() if t.requires_grad})
+    result |= {f"input {k} after the call": leaves[i].detach() for k, i in enumerate(example.tensor_at)}
     return result | {f"buffer {n}": b for n, b in names.items() if n in raw.buffers}
 
 

@@ -109,6 +109,9 @@ _DROPS = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
     "feature_alpha_dropout", "scaled_dot_product_attention", "attention",
 }  # fmt: skip
+_ATTENTION_DROPS = {  # functions of torch that drop weights: the argument's place and name
+    "scaled_dot_product_attention": (4, "dropout_p"), "multi_head_attention_forward": (10, "dropout_p"),
+}  # fmt: skip
 
 
 def dropped(node: fx.Node) -> float:
@@ -142,9 +145,9 @@ class Calm(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", "").rstrip("_"), dict(kwargs or {})
-        if name in _DROPS:
-            at = 4 if name == "scaled_dot_product_attention" else 1
-            key = "dropout_p" if at == 4 else "p"
+        spot = _ATTENTION_DROPS.get(name, (1, "p") if name in _DROPS else None)
+        if spot is not None:
+            at, key = spot
             if len(args) > at:
                 args = (*args[:at], 0.0, *args[at + 1 :])
             else:

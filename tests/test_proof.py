@@ -10,7 +10,7 @@ import fxaccel
 from fxaccel import manager
 from fxaccel.capture import capture
 from fxaccel.errors import ProofError
-from fxaccel.evaluate import _BY_DEFINITION, Unsteady
+from fxaccel.evaluate import _BY_DEFINITION, Calm, Unsteady
 from fxaccel.proof import holds, materialise
 from fxaccel.tolerance import share_of_tolerance
 from tests.helpers import Function
@@ -342,6 +342,40 @@ def test_batch_norm_in_steps_is_batch_norm(training, shape, affine):
         found.append([y, mean, var, *torch.autograd.grad(y, leaves, dy)])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def many_heads(module):
+    return lambda x: module(x[0], x[0], x[0])[0]
+
+
+DROPPING = {
+    "dropout": lambda: lambda x: F.dropout(x, 0.5),
+    "dropout2d": lambda: lambda x: F.dropout2d(x, 0.5),
+    "in place": lambda: lambda x: F.dropout(x.clone(), p=0.5, inplace=True),
+    "attention": lambda: lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.5),
+    "attention by keyword": lambda: lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "a module of many heads": lambda: many_heads(nn.MultiheadAttention(8, 2, dropout=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_nothing_is_dropped_where_it_is_calm(name):
+    """By what a second call gives, whose random numbers are others; modules draw their parameters alike."""
+    x = torch.rand(2, 4, 8, 8)
+
+    def twice():
+        found = []
+        for _ in range(2):
+            with torch.random.fork_rng():
+                torch.manual_seed(7)
+                run = DROPPING[name]()
+            found.append(run(x))
+        return found
+
+    with Calm():
+        calm = twice()
+    assert torch.equal(*calm)
+    assert not torch.equal(*twice())
 
 
 def test_materialise_keeps_dtype_shape_and_strides():
