@@ -74,6 +74,8 @@ def understand(
         text = Spelling(p)
         mask = bare(text.spell(keep)) if keep != TRUE else ""
         bias = [text.whole(t) for t in rest]
+    if (keep != TRUE and not mask) or not all(b for b, _ in bias):
+        why.append("what is done to the scores depends on sizes that the kernel has no words for")
     kinds = [*(() if keep == TRUE else _kinds(keep, p)), *(kind for _, kind in bias)]
     return Mask(
         mask, " + ".join(b for b, _ in bias), tuple(text.tables), empty, tuple(kinds), tuple(text.plain),

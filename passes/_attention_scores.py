@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,15 @@ def leads_to_product(node: Any, depth: int = 40) -> bool:
             return any(leads_to_product(n, depth - 1) for n in below)
         node, depth = below[0], depth - 1
     return False
+
+
+def chain(node: Any) -> Iterator[fx.Node]:
+    """The nodes from here down to the product of q and k, as far as the steps are understood."""
+    while isinstance(node, fx.Node):
+        yield node
+        if node.target is aten.matmul.default or node.target not in _STEPS:
+            return
+        node = next((n for n in node.all_input_nodes if leads_to_product(n)), None)
 
 
 def _scores_like(x: Any, node: fx.Node) -> bool:

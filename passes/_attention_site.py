@@ -15,15 +15,12 @@ from fxaccel.effects import written
 from fxaccel.indexing import ZERO, Affine, Range, Read, Value, compare, dimension, index, symbols
 from fxaccel.ir import Program, arguments, is_call
 from fxaccel.passes._attention_mask import understand
-from fxaccel.passes._attention_scores import Scores, element, named, untouched
-from fxaccel.passes._attention_terms import B, Fill, H, K, Mask, Problem, Q, Term
+from fxaccel.passes._attention_scores import Scores, chain, element, named, untouched
+from fxaccel.passes._attention_terms import Fill, H, K, Mask, Problem, Q, Term
 from fxaccel.reading import Reader, Views
 from fxaccel.rule import Match, Miss, Ops
 
 aten = torch.ops.aten
-
-
-INDICES = {2: (Q, K), 3: (H, Q, K), 4: (B, H, Q, K)}
 
 
 @dataclass(frozen=True)
@@ -73,10 +70,8 @@ def called(program: Program, root: fx.Node) -> Match | Miss:
     """A call of scaled_dot_product_attention."""
     a = arguments(root)
     q, k, v = a["query"], a["key"], a["value"]
-    if q.meta["val"].dim() > 4:
-        return Miss(2, f"q, k, v have {q.meta['val'].dim()} dimensions; the kernel takes up to 4")
-    (b, h, s, d), t = four(q), four(k)[2]
-    p = Problem.of(program, (b, h, s, t), q.meta["val"].dtype)
+    (*batch, d), t = q.meta["val"].shape, k.meta["val"].shape[-2]
+    p = Problem.of(program, (*batch, t), q.meta["val"].dtype)
     reader = _reader(program, p)
     fills, terms = list[Fill](), list[Term]()
     if a["is_causal"]:
@@ -84,7 +79,7 @@ def called(program: Program, root: fx.Node) -> Match | Miss:
         fills.append(Fill(keep, -math.inf, False, keep))
     if a["attn_mask"] is not None:
         mask = a["attn_mask"]
-        value, whole = element(reader, mask, (B, H, Q, K)), untouched(mask, (B, H, Q, K))
+        value, whole = element(reader, mask, p.indices), untouched(mask, p.indices)
         if mask.meta["val"].dtype is torch.bool:
             fills.append(Fill(value, -math.inf, False, whole))
         else:
@@ -99,10 +94,9 @@ def called(program: Program, root: fx.Node) -> Match | Miss:
 
 def written_out(program: Program, root: fx.Node) -> Match | Miss:
     """Two products around a softmax, `root` being the second."""
-    weights, v = root.args
+    node, v = root.args
     core, dropout, cut = [root], 0.0, False
-    node = weights
-    while is_call(node, aten.dropout.default, aten.to.dtype, aten.slice.Tensor):
+    while is_call(node, *_BETWEEN):
         a = arguments(node)
         if node.target is aten.dropout.default:
             if dropout and a["train"]:
@@ -113,11 +107,24 @@ def written_out(program: Program, root: fx.Node) -> Match | Miss:
         core.append(node)
         node = a.get("self", node.args[0])
     if not is_call(node, aten.softmax.int):
-        inner = [n for n in getattr(node, "all_input_nodes", ()) if is_call(n, aten.softmax.int)]
-        if inner:
+        if _comes_from_softmax(node):
             return Miss(2, f"{named(node)} stands between the softmax and the product with v")
         return Miss(0, "no softmax")
     return _below_softmax(program, root, [*core, node], v, dropout, cut)
+
+
+_BETWEEN = (
+    aten.dropout.default, aten.to.dtype, aten.slice.Tensor, aten.reshape.default, aten.contiguous.default,
+    aten.clone.default,
+)  # fmt: skip
+
+
+def _comes_from_softmax(node: Any, depth: int = 6) -> bool:
+    """Whether the values of a softmax reach the node in a few steps."""
+    if is_call(node, aten.softmax.int):
+        return True
+    inputs = getattr(node, "all_input_nodes", ())[:2] if depth else ()
+    return any(_comes_from_softmax(n, depth - 1) for n in inputs)
 
 
 def _below_softmax(
@@ -128,21 +135,42 @@ def _below_softmax(
     scores, rank = a["self"], a["self"].meta["val"].dim()
     if a["dim"] % rank != rank - 1:
         return Miss(2, f"the softmax is over dimension {a['dim'] % rank} of {rank}, not over the keys")
-    if rank not in INDICES:
-        return Miss(2, f"the scores have {rank} dimensions; the kernel takes up to 4")
     sink_node = None
     if cut:
         if not (is_call(scores, aten.cat.default) and len(scores.args[0]) == 2 and _cuts_sink(core, scores)):
             return Miss(2, "the weights are sliced before the product with v")
         core.append(scores)
         scores, sink_node = scores.args[0]
-    shape = [1] * (4 - rank) + list(scores.meta["val"].shape)
-    p = Problem.of(program, shape, scores.meta["val"].dtype)
-    walk = Scores(_reader(program, p), INDICES[rank])
+    shapes = [n.meta["val"].shape for n in (root.args[0], *chain(scores))]
+    p = Problem.of(program, max(shapes, key=len), scores.meta["val"].dtype)
+    reader = _reader(program, p)
+    at = _above_scores(reader, p, core)
+    if at is None:
+        return Miss(2, "the weights are reshaped between the softmax and the product with v")
+    walk = Scores(reader, at)
     product = walk.descend(scores)
     if product is None:
         return Miss(3 if walk.core else 2, walk.why)
     return _assembled(program, root, [*core, *walk.core], walk, p, product, v, sink_node, dropout)
+
+
+def _above_scores(reader: Reader, p: Problem, core: Sequence[fx.Node]) -> tuple[Value, ...] | None:
+    """The indices of the scores under the softmax: those of the weights, through what reshapes them."""
+    at = _indices(reader, p, core[0].args[0])
+    for node in core[1:]:
+        if at is not None and node.target is aten.reshape.default:
+            shape, below = (list(map(dimension, n.meta["val"].shape)) for n in (node, node.args[0]))
+            at = reader.reshaped(shape, below, at)
+    return at if at is not None and at[-1] == K else None
+
+
+def _indices(reader: Reader, p: Problem, node: fx.Node) -> tuple[Value, ...] | None:
+    """The indices of scores or weights, in terms of those of the problem."""
+    shape = tuple(map(dimension, node.meta["val"].shape))
+    sizes = [p.known.sizes[i.of] for i in p.indices]
+    if all(size == 1 for size in sizes[: len(sizes) - len(shape)]):
+        return p.at(len(shape))
+    return reader.reshaped(sizes, shape, p.indices)
 
 
 def _cuts_sink(core: Sequence[fx.Node], cat: fx.Node) -> bool:
@@ -159,12 +187,13 @@ def _assembled(
     v: Any, sink_node: fx.Node | None, dropout: float,
 ) -> Match | Miss:  # fmt: skip
     why = []
-    if walk.at != INDICES[len(walk.at)] if len(walk.at) in INDICES else True:
+    own = _indices(walk.reader, p, product)
+    if walk.at != own or (len(own) < 4 and own != p.at(len(own))):
         why.append("the scores are reshaped between the product and the softmax")
     sink = None
     if sink_node is not None:
-        sink = element(walk.reader, sink_node, (B, H, Q, ZERO))
-        if symbols(sink) & {B.of, Q.of, K.of}:
+        sink = element(walk.reader, sink_node, (*p.indices[:-1], ZERO))
+        if symbols(sink) & {i.of for i in p.indices if i != H}:
             why.append("the extra logit is not one a head")
     without_key = "nan" if sink is None else "zero"
     found = understand(p, walk.fills, walk.terms, without_key, sink=sink is not None)
@@ -206,13 +235,10 @@ def numbers(program: Program) -> dict[fx.Node, Any]:
     return {n: t.item() for n, t in found.items() if t.dim() == 0}
 
 
-def four(node: fx.Node) -> list[Any]:
-    """Sizes of q, k or v as four dimensions."""
-    return padded(node.meta["val"].shape)
-
-
 def padded(shape: Sequence[Any]) -> list[Any]:
-    return [1] * (4 - len(shape)) + list(shape)
+    """Sizes of q, k or v as four dimensions: what comes before the heads is one."""
+    sizes = [1] * (4 - len(shape)) + list(shape)
+    return [math.prod(sizes[:-3]), *sizes[-3:]]
 
 
 def narrowed(x: Operand, wanted: torch.dtype) -> Operand:
@@ -225,10 +251,10 @@ def narrowed(x: Operand, wanted: torch.dtype) -> Operand:
 
 def operands(k: fx.Node, v: fx.Node, transposed: bool) -> tuple[Operand, Operand]:
     """k, which may be given as [.., D, T], and v, repeated heads taken apart in both or in neither."""
-    size = dimension(four(k)[1])
+    size = dimension(padded(k.meta["val"].shape)[1])
     count = int(size) if size.is_number else 1
     for n in range(count, 1, -1):
-        if count % n == 0 and k.meta["val"].dim() == 4:
+        if count % n == 0 and k.meta["val"].dim() >= 4:
             fewer_k, fewer_v = _unviewed(k, n, transposed), _unviewed(v, n, False)
             if fewer_k is not None and fewer_v is not None:
                 return fewer_k, fewer_v
@@ -239,13 +265,14 @@ def operands(k: fx.Node, v: fx.Node, transposed: bool) -> tuple[Operand, Operand
 
 def _unviewed(x: fx.Node, n: int, transposed: bool) -> Operand | None:
     """The tensor below views of which `x` is a permutation, each head n times."""
-    names = [index(c) for c in "bgij"[4 - x.meta["val"].dim() :]]
+    before = x.meta["val"].dim() - 3
+    names = [*(index(f"b{n}") for n in range(before)), *map(index, "gij")][max(-before, 0) :]
     copy, sizes = index("r"), list(map(dimension, x.meta["val"].shape))
     ranges = dict(zip((i.of for i in names), sizes, strict=True)) | {copy.of: sympy.Integer(n)}
     at = list(names)
-    if len(names) == 4 and n > 1:
-        ranges[names[1].of] = sizes[1] / n
-        at[1] = Affine(names[1].of * n + copy.of)
+    if n > 1:
+        ranges[names[-3].of] = sizes[-3] / n
+        at[-3] = Affine(names[-3].of * n + copy.of)
     wanted = [*names[:-2], names[-1], names[-2]] if transposed else names
     wanted = [ZERO if ranges[i.of] == 1 else i for i in wanted]
     views, here, best = Views(Range(ranges)), Read(x, tuple(at)), None

@@ -6,6 +6,7 @@ most HUGE and some key of its row is seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,20 +85,41 @@ def _summands(value: Value) -> Iterator[Value]:
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of the attention that a mask is for: S queries, T keys, and what is known of the indices."""
+    """Sizes of the attention that a mask is for: S queries, T keys, and what is known of the indices.
+
+    Scores of more than 4 dimensions have an index b0, b1, ... for each before the heads; the kernel has all
+    of them as one b, and `words` says how they follow from it.
+    """
 
     known: Range
     s: sympy.Expr
     t: sympy.Expr
     dtype: torch.dtype  # of the scores
     learned: frozenset[fx.Node]  # what gradients may flow to
+    indices: tuple[Affine, ...] = (B, H, Q, K)
+    words: tuple[tuple[sympy.Symbol, sympy.Symbol], ...] = ()
 
     @classmethod
     def of(cls, program: Program, shape: Sequence[Any], dtype: torch.dtype) -> Problem:
-        """From the shape [B, H, S, T] of the scores."""
-        sizes = tuple(map(dimension, shape))
-        known = Range({i.of: n for i, n in zip((B, H, Q, K), sizes, strict=True)})
-        return cls(known, sizes[2], sizes[3], dtype, program.facts(learned))
+        """From the shape [.., S, T] of the scores."""
+        sizes = (*[sympy.Integer(1)] * (4 - len(shape)), *map(dimension, shape))
+        count = len(sizes) - 3
+        before = (B,) if count == 1 else tuple(index(f"b{i}") for i in range(count))
+        words = [(i.of, _word(sizes[:count], n)) for n, i in enumerate(before)] if count > 1 else []
+        indices = (*before, H, Q, K)
+        known = Range({i.of: n for i, n in zip(indices, sizes, strict=True)})
+        return cls(known, sizes[-2], sizes[-1], dtype, program.facts(learned), indices, tuple(words))
+
+    def at(self, rank: int) -> tuple[Affine, ...]:
+        """The indices of scores of that many dimensions."""
+        return self.indices[-rank:]
+
+
+def _word(sizes: Sequence[sympy.Expr], n: int) -> sympy.Symbol:
+    """Index n of several, in terms of the one index b over all of them."""
+    below = math.prod(sizes[n + 1 :], start=sympy.Integer(1))
+    text = "b" if below == 1 else f"b // {below}"
+    return sympy.Symbol(f"({text} % {sizes[n]})" if n else f"({text})")
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,11 @@ class Mask:
 
 
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+
+
+def index_symbols(e: sympy.Expr) -> set[sympy.Symbol]:
+    """The symbols that are indices, b0, h or q; the others are sizes."""
+    return {x for x in e.free_symbols if x.name[0] in "bhqkd"}
 
 
 def as_number(value: Value) -> float | None:
@@ -202,7 +229,7 @@ def band(part: Value) -> tuple[str, sympy.Expr] | None:
     if slope not in (1, -1) or d.coeff(Q.of) != -slope:
         return None
     rest = sympy.expand(d - slope * (K.of - Q.of))
-    if rest.free_symbols & {B.of, H.of, Q.of, K.of}:
+    if index_symbols(rest):
         return None
     upper = (name in ("lt", "le")) == (slope == 1)
     strict = name in ("lt", "gt")

@@ -17,7 +17,20 @@ import torch
 from torch import fx
 
 from fxaccel.indexing import ZERO, Affine, Call, Const, Read, Value, reads, rebuilt, symbols
-from fxaccel.passes._attention_terms import COMPARISONS, B, D, H, K, Problem, Q, Table, Term, band, is_zero
+from fxaccel.passes._attention_terms import (
+    COMPARISONS,
+    B,
+    D,
+    H,
+    K,
+    Problem,
+    Q,
+    Table,
+    Term,
+    band,
+    index_symbols,
+    is_zero,
+)  # fmt: skip
 from fxaccel.rule import Ops
 
 aten = torch.ops.aten
@@ -124,7 +137,7 @@ class Spelling:
             edge = self.affine(Q.of + limit[1])
             return edge and f"(k {'<=' if limit[0] == 'high' else '>='} {bare(edge)})"
         name, e = value.target._opname, value.args[0].of
-        left = sum((t for t in sympy.Add.make_args(e) if t.free_symbols & {B.of, H.of, Q.of, K.of}), ZERO.of)
+        left = sum((t for t in sympy.Add.make_args(e) if index_symbols(t)), ZERO.of)
         right = left - e
         if str(left).startswith("-"):
             left, right, name = -left, -right, _MIRRORED.get(name, name)
@@ -144,8 +157,8 @@ class Spelling:
                 if len(more) == 1 and (x := next(iter(more))) in e.free_symbols:
                     (solved,) = sympy.solve(p.t.subs(p.s, s) - t, x) or (x,)
                     e = e.subs(x, solved)
-        e = sympy.expand(e)
-        names = {str(x) for x in e.free_symbols}
+        e = sympy.expand(e.subs(p.words))
+        names = {str(x) for x in e.free_symbols} - {word.name for _, word in p.words if _spelled(word)}
         if not names <= {"b", "h", "q", "k", "S", "T"} or not e.is_polynomial():
             return ""
         return str(e) if e.is_Symbol or (e.is_number and e >= 0) else f"({e})"
@@ -157,7 +170,7 @@ class Spelling:
         if not all(at):
             return ""
         spots = [i for i in value.at if i != ZERO]
-        plain = len(set(spots)) == len(spots) and all(isinstance(i, Affine) and i.of.is_Symbol for i in spots)
+        plain = len(set(spots)) == len(spots) and all(i in (B, H, Q, K) for i in spots)
         name = self.table(Table(value.node, factor=factor), plain)
         return f"{name}[{', '.join(bare(i) for i in at)}]"
 
@@ -176,6 +189,11 @@ def bare(text: str) -> str:
         if not depth:
             return text[1:-1] if text.startswith("(") and at == len(text) - 1 else text
     return text
+
+
+def _spelled(word: sympy.Symbol) -> bool:
+    """Whether the text holds numbers alone beside b: the language has no words for other sizes."""
+    return not set(word.name) - set("b0123456789 /%()")
 
 
 def _literal(x: Any) -> str:
@@ -220,7 +238,8 @@ def relative(value: Value) -> Value | None:
         return v
 
     changed = rebuilt(value, change)
-    return changed if ok and not symbols(changed) & {Q.of, K.of} and D.of in symbols(changed) else None
+    left = {x for x in symbols(changed) if x.name[0] in "bhqk"}
+    return changed if ok and left <= {B.of, H.of} and D.of in symbols(changed) else None
 
 
 class Emitter:
@@ -296,12 +315,14 @@ class Emitter:
 
     def span(self, symbol: sympy.Symbol) -> tuple[Any, Any]:
         if symbol == D.of:  # k - q
-            s, t = self.size(self.q, 2), self.size(self.k, 2)
+            s, t = size_of(self.op, self.q, 2), size_of(self.op, self.k, 2)
             return (1 - s if isinstance(s, int) else self.op(operator.sub, 1, s)), t
-        return 0, self.size(self.q, [B.of, H.of, Q.of].index(symbol)) if symbol != K.of else self.size(
-            self.k, 2
-        )
+        if symbol == K.of:
+            return 0, size_of(self.op, self.k, 2)
+        return 0, size_of(self.op, self.q, [B.of, H.of, Q.of].index(symbol))
 
-    def size(self, node: fx.Node, dim: int) -> Any:
-        size = node.meta["val"].shape[dim]
-        return size if isinstance(size, int) else self.op.aten.sym_size.int(node, dim)
+
+def size_of(op: Ops, node: fx.Node, dim: int) -> Any:
+    """A size of a tensor: the number, or the node that holds it."""
+    size = node.meta["val"].shape[dim]
+    return size if isinstance(size, int) else op.aten.sym_size.int(node, dim)

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from fxaccel.effects import learned
+from fxaccel.indexing import dimension
 from fxaccel.ir import Program
 from fxaccel.kernels import attention as kernel
 from fxaccel.passes._attention_scores import named
@@ -62,8 +63,14 @@ class Attention(Rule):
         out = op.fxaccel.attention.default(
             q, k, v, tables, mask.mask, mask.bias, site.scale, site.cap, sink, site.dropout, mask.empty
         )
-        for _ in range(4 - m.root.meta["val"].dim()):
+        shape = m.root.meta["val"].shape
+        for _ in range(4 - len(shape)):
             out = op.aten.squeeze.dims(out, [0])
+        if len(shape) > 4:
+            sizes = [
+                s if isinstance(s, int) else op.aten.sym_size.int(site.q.node, i) for i, s in enumerate(shape)
+            ]
+            out = op.aten.unflatten.int(out, 0, [-1, *sizes[1:-3]])
         return out
 
     def remark(self, m: Match) -> str:
@@ -104,12 +111,15 @@ class FuseAttention(Rules):
 def unsupported(site: Site) -> Iterator[str]:
     """Why the kernel does not take this attention."""
     q, k, v = (x.node.meta["val"] for x in (site.q, site.k, site.v))
-    if not q.dim() == k.dim() == v.dim() <= 4:
-        yield f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; the kernel takes up to 4, alike"
+    if not q.dim() == k.dim() == v.dim():
+        yield f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; the kernel takes equally many"
         return
     k, v = (x.permute(o.order) if o.order else x for x, o in ((k, site.k), (v, site.v)))
-    for _ in range(4 - q.dim()):
-        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    before = [list(map(dimension, x.shape[:-3])) for x in (q, k, v)]
+    if q.dim() > 4 and before != [before[0]] * 3:
+        yield f"q, k, v are {[list(x.shape) for x in (q, k, v)]}: the dimensions before the heads differ"
+        return
+    q, k, v = (x.new_empty(padded(x.shape)) for x in (q, k, v))
     mask = site.mask
     tables = [_shaped(t, q, k) for t in mask.tables]
     scale = site.scale or 1.0
@@ -138,8 +148,11 @@ def heads(op: Ops, site: Site) -> tuple[fx.Node, ...]:
     q, k, v = site.q.node, site.k.emit(op), site.v.emit(op)
     for factor, divided in site.factors:
         q = (op.aten.div.Tensor if divided else op.aten.mul.Tensor)(q, factor)
-    for _ in range(4 - q.meta["val"].dim()):
+    rank = q.meta["val"].dim()
+    for _ in range(4 - rank):
         q, k, v = (op.aten.unsqueeze.default(x, 0) for x in (q, k, v))
+    if rank > 4:
+        q, k, v = (op.aten.flatten.using_ints(x, 0, rank - 4) for x in (q, k, v))
     return q, k, v
 
 

@@ -223,10 +223,15 @@ def shifted_scores(m, q, k, v):
     return _scores(q, k).roll(1, -1).softmax(-1) @ v
 
 
-@look_alike("the scores have 5 dimensions")
-def windows_of_heads(m, q, k, v):
-    q, k, v = (x.unflatten(2, (-1, 4)) for x in (q[:, :, :8], k[:, :, :8], v[:, :, :8]))
-    return _scores(q, k).softmax(-1) @ v
+@look_alike("the dimensions before the heads differ")
+def keys_of_all_windows(m, q, k, v):
+    q, k, v = q.unflatten(1, (2, 2)), k.unflatten(1, (2, 2))[:1], v.unflatten(1, (2, 2))[:1]
+    return (_scores(q, k).softmax(-1) @ v).flatten(1, 2)
+
+
+@look_alike("stands between the softmax and the product with v")
+def talking_heads(m, q, k, v):
+    return (_scores(q, k).softmax(-1).permute(0, 2, 3, 1) @ m.gate[:4, :4]).permute(0, 3, 1, 2) @ v
 
 
 @look_alike("the weights are dropped twice")

@@ -152,6 +152,30 @@ def dropped(m: Any, q: Tensor, k: Tensor, v: Tensor, change: Change) -> Tensor:
 # -- masks: a change of the scores ---------------------------------------------------------------------
 
 
+def _windows(x: Tensor) -> Tensor:
+    return torch.stack([x, x.flip(2)], 1)
+
+
+def windowed(m: Any, q: Tensor, k: Tensor, v: Tensor, change: Change) -> Tensor:
+    """Windows in a dimension of their own."""
+    q, k, v = map(_windows, (q, k, v))
+    return (change(q @ k.mT / math.sqrt(D)).softmax(-1) @ v).sum(1)
+
+
+def windowed_sdpa(m: Any, q: Tensor, k: Tensor, v: Tensor, change: Change) -> Tensor:
+    q, k, v = map(_windows, (q, k, v))
+    mask = change(torch.zeros(q.shape[-2], q.shape[-2], dtype=q.dtype, device=q.device))
+    return F.scaled_dot_product_attention(q, k, v, mask).sum(1)
+
+
+def shifted(m: Any, q: Tensor, k: Tensor, v: Tensor, change: Change) -> Tensor:
+    """As Swin: windows are part of the batch, but where the mask is put on."""
+    q, k, v = (_windows(x).flatten(0, 1) for x in (q, k, v))
+    s = q @ k.mT / math.sqrt(D)
+    s = change(s.unflatten(0, (-1, 2))).flatten(0, 1)
+    return (s.softmax(-1) @ v).unflatten(0, (-1, 2)).sum(1)
+
+
 def _positions(s: Tensor) -> tuple[Tensor, Tensor]:
     q, k = (torch.arange(n, device=s.device) for n in s.shape[-2:])
     return q[:, None], k[None, :]
@@ -278,6 +302,13 @@ def mask_argument(m: Any, s: Tensor, mask: Tensor) -> Tensor:
 
 def added_argument(m: Any, s: Tensor, mask: Tensor) -> Tensor:
     return s + torch.where(mask, torch.zeros((), dtype=s.dtype), -math.inf)
+
+
+def by_window(m: Any, s: Tensor) -> Tensor:
+    """The second of two windows sees one key more; scores are [B, 2, H, S, S]."""
+    q, k = _positions(s)
+    window = torch.arange(2, device=s.device)[:, None, None, None]
+    return s.masked_fill(k > q + window, -math.inf)
 
 
 # -- programs ------------------------------------------------------------------------------------------
@@ -419,6 +450,16 @@ def programs() -> list[Program]:
         ),
         Program(three_dimensional, plain, tril_inf, "causal"),
     ]
+    found += [
+        Program(separate, core, mask, kind)
+        for core in (windowed, shifted)
+        for mask, kind in (
+            (tril_inf, "causal"),
+            (by_window, "an index function"),
+            (bucketed, "relative bias"),
+        )
+    ]
+    found += [Program(separate, windowed_sdpa, triu_add, "causal")]
     for dtype, train in ((torch.bfloat16, True), (torch.float64, True), (torch.float32, False)):
         wide = dtype == torch.float64  # where a cast to float32 would lose precision
         found += [

@@ -84,6 +84,7 @@ FIRES = {
     "a scale": (sdpa(scale=0.1), (Q, K, V)),
     "grouped heads": (sdpa(enable_gqa=True), (Q, GROUPED, GROUPED)),
     "three dimensions": (lambda s, *a: F.scaled_dot_product_attention(*(t[0] for t in a)), (Q, K, V)),
+    "five dimensions": (sdpa(), (Q[None], K[None], V[None], torch.zeros(5, 7))),
     "a tensor for a scale": (lambda s, q, k, v: (q @ k.mT * s.scale).softmax(-1) @ v, (Q, K, V)),
     "written, unscaled": (written(None), (Q, K, V)),
     "written, scaled": (written(0.125), (Q, K, V)),
@@ -120,10 +121,10 @@ def test_other_sizes_are_served():
 # -- it declines -----------------------------------------------------------------------------------
 
 DECLINED = {
-    "five dimensions": (
-        sdpa(),
-        (Q[None], K[None], V[None], torch.zeros(1, 1, 1, 5, 7)),
-        "q, k, v have 5 dimensions; the kernel takes up to 4",
+    "windows that differ in number": (
+        lambda s, q, k, v: F.scaled_dot_product_attention(q[:, None], k[None, :1], v[None, :1]),
+        (Q, K, V),
+        "the dimensions before the heads differ",
     ),
     "a head size that varies": (
         lambda s, q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]),
