@@ -105,13 +105,27 @@ def ours(case):
     return lambda q, k, v: attention.op(q, k, v, case.tables, case.mask, case.bias, scale)
 
 
+def chosen(case):
+    """What an accelerated model calls: ours or SDPA, whichever is measured to be faster."""
+    choice, scale = attention.fastest(), case.d**-0.5
+
+    def call(q, k, v):
+        known = len(choice.chosen)
+        out = choice(q, k, v, case.tables, case.mask, case.bias, scale)
+        if len(choice.chosen) > known:
+            print(*choice.lines(), sep="\n", flush=True)
+        return out
+
+    return call
+
+
 def candidates(case, inputs, with_flex):
-    """What runs this case: SDPA as it chooses, its backends, flex_attention where asked for, and ours."""
+    """What runs this case: SDPA, its backends, flex_attention where asked for, ours, and what is chosen."""
     makers = {"default": partial(sdpa, case, None, *inputs)}
     makers |= {name: partial(sdpa, case, backend, *inputs) for name, backend in BACKENDS.items()}
     if with_flex:
         makers["flex"] = partial(flex, case)
-    makers["ours"] = partial(ours, case)
+    makers["ours"], makers["chosen"] = partial(ours, case), partial(chosen, case)
     return makers
 
 
@@ -136,7 +150,7 @@ def taken(case, direction, makers):
             NotImplementedError,
             torch._dynamo.exc.TorchDynamoException,
         ) as error:
-            if name == "ours":
+            if name in ("ours", "chosen"):
                 raise
             print(
                 f"{case} {direction}: {name} cannot: {str(error).strip().splitlines()[0][:120]}", flush=True
