@@ -24,9 +24,11 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from fxaccel.ir import Program, Region, expr, target_name
+from fxaccel.effects import written
+from fxaccel.ir import Program, Region, arguments, expr, target_name
 
 # Operators whose Python binding takes the schema's arguments in the schema's order.
 _BOUND = """
@@ -111,6 +113,8 @@ class _Emitter:
         self.constants: dict[str, Any] = {}
         self.tables: dict[str, tuple[str, str]] = {}
         self.choices: dict[str, Any] = {}
+        self.shared: dict[Any, str] = {}
+        self.takes: dict[fx.Node, str] = {}
         self.read: dict[str, str] = {}
         self.names: dict[fx.Node, str] = {}
         self.taken: set[str] = {"torch", "inf", "nan"}
@@ -180,7 +184,8 @@ class _Emitter:
         lines: list[str] = []
         for region, nodes in _runs(body, depth):
             if region is None:
-                lines += [self.statement(n, last_use) for n in nodes]
+                for n in nodes:
+                    lines += [*self.prepared(n), self.statement(n, last_use)]
             elif region.kind == "checkpoint":
                 lines += self.checkpoint(region, nodes, last_use, depth)
             else:
@@ -235,6 +240,25 @@ class _Emitter:
         where = "".join(c if c.isprintable() else " " for c in where)  # a comment ends with its line
         return f"{text}  # {where}" if where else text
 
+    def prepared(self, node: fx.Node) -> Iterator[str]:
+        """The statement for what a kernel's call has in common with later ones, at the first of them."""
+        shared = getattr(_kernel(node, "cpu"), "shared", None)
+        if shared is None:
+            return
+        given = arguments(node)
+        read = [given[name] for name in shared.read]
+        tensors = {a for a in pytree.tree_leaves(read) if isinstance(a, fx.Node)}
+        if not shared.worth(given) or tensors & self.program.facts(written).keys():
+            return
+        sizes = [(str(v.dtype), *map(str, v.shape)) for v in (given[n].meta["val"] for n in shared.sized)]
+        key = repr((node.target, node.meta.get("regions", ()), read, sizes))
+        if key not in self.shared:
+            name = self.shared[key] = self.local(f"shared_{node.target._opname}")
+            made = self.constant(shared.made.__name__, shared.made)
+            words = [self.argument(given[n]) for n in (*shared.sized, *shared.read)]
+            yield f"{name} = {made}({', '.join(words)})"
+        self.takes[node] = self.shared[key]
+
     def delete(self, dead: list[fx.Node]) -> str:
         return f"; del {', '.join(self.names[n] for n in dead)}" if dead else ""
 
@@ -247,6 +271,8 @@ class _Emitter:
             return f"{self.argument(node.args[0])}.shape[{node.args[1]}]"
         words = [self.argument(a) for a in node.args]
         words += [f"{k}={self.argument(v)}" for k, v in node.kwargs.items()]
+        if node in self.takes:
+            words.append(f"shared={self.takes[node]}")
         return f"{self.operator(node)}({', '.join(words)})"
 
     def operator(self, node: fx.Node) -> str:
@@ -268,21 +294,16 @@ class _Emitter:
         On the CPU `direct` of its module: torch's own operators, past the dispatcher. On a GPU `fastest()`,
         one for the program: it chooses between the kernel and its peers by measurement.
         """
-        target, val = node.target, node.meta.get("val")
-        first = val[0] if isinstance(val, (tuple, list)) and val else val
-        device = getattr(getattr(first, "device", None), "type", None)
-        if getattr(target, "namespace", "") != "fxaccel" or device not in ("cpu", "cuda"):
+        direct = _kernel(node, "cpu")
+        if direct is not None:
+            return getattr(direct, "direct", None)
+        module = _kernel(node, "cuda")
+        if module is None or not hasattr(module, "fastest"):
             return None
-        name = target._opname
-        try:
-            module = importlib.import_module(f"fxaccel.kernels.{name}")
-        except ModuleNotFoundError:
-            return None
-        if device == "cpu":
-            return getattr(module, "direct", None)
-        if hasattr(module, "fastest") and name not in self.choices:
+        name = str(node.target)
+        if name not in self.choices:
             self.choices[name] = module.fastest()
-        return self.choices.get(name)
+        return self.choices[name]
 
     def argument(self, arg: Any) -> str:
         if isinstance(arg, fx.Node):
@@ -344,6 +365,20 @@ class _Emitter:
                 yield f"{given}_shape[{d}] == {PythonPrinter().doprint(symbol)}"
         if val.dim() > 1:
             yield f"{given}.is_contiguous() is {name in self.program.contiguous}"
+
+
+def _kernel(node: fx.Node, device: str) -> Any:
+    """The module of one of our kernels, if the node calls it on that device."""
+    target, val = node.target, node.meta.get("val")
+    first = val[0] if isinstance(val, (tuple, list)) and val else val
+    if getattr(target, "namespace", "") != "fxaccel" or not isinstance(first, Tensor):
+        return None
+    if first.device.type != device:
+        return None
+    try:
+        return importlib.import_module(f"fxaccel.kernels.{target._opname}")
+    except ModuleNotFoundError:
+        return None
 
 
 def _is_condition(guard: str) -> bool:

@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from fxaccel.canonical import merge
 from fxaccel.effects import eliminate_dead, has_effect, is_random, written
 from fxaccel.errors import FxaccelError, OptionError, RuleError
 from fxaccel.ir import (
@@ -158,6 +159,8 @@ def _transaction(
         one.apply(work, plan, driver)
         work.changed()
         eliminate_dead(work.graph)
+        if record.applied and merge(work):
+            eliminate_dead(work.graph)
         _check(program, work, one)
     except Exception as error:
         if strict:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fxaccel.kernels import _attention_rows, _score
 
 CAUSAL = "k <= q"
+SMALL = 256 * 256  # scores a head, up to which the CPU gains nothing by skipping blocks
 
 
 def fits(
@@ -57,6 +58,20 @@ def attention(
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, given, dropout, causal, scale=scale, enable_gqa=grouped)
     return out if none is None else out.masked_fill(none, 0.0)
+
+
+def worth(given: dict[str, Any]) -> bool:
+    """Whether a call on the CPU may use what `small` makes."""
+    plain = not (given["softcap"] or given["dropout"] or given["sinks"] is not None)
+    return plain and given["scale"] > 0 and (given["bias"] != "" or given["mask"] not in ("", CAUSAL))
+
+
+def small(q: Tensor, k: Tensor, tables: Sequence[Tensor], mask: str, bias: str) -> Tensor | None:
+    """The mask for torch's attention; None above SMALL scores a head, and where a row keeps no key."""
+    if q.shape[2] * k.shape[2] > SMALL:
+        return None
+    made, none = _mask(q, k, tables, mask, bias)
+    return made if none is None or not none.any() else None
 
 
 def _mask(

@@ -7,7 +7,7 @@ walks pytrees on every call, where `opcheck` in the tests can do it once.
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,21 @@ _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 Op = torch._ops.OpOverload
 Kernel = Callable[..., Any]
 _KERNELS: dict[Op, dict[DispatchKey, Kernel]] = {}
+
+
+class Shared(NamedTuple):
+    """A part of a kernel's work on the CPU that calls with equal arguments have in common.
+
+    made     function of the arguments `sized` and `read`; `direct` takes what it returns as `shared`
+    sized    names of arguments of which only sizes and dtype matter
+    read     names of the others
+    worth    whether a call with these arguments, by name, uses it
+    """
+
+    made: Kernel
+    sized: tuple[str, ...]
+    read: tuple[str, ...]
+    worth: Callable[[dict[str, Any]], bool]
 
 
 def define(schema: str, *, cpu: Kernel, cuda: Kernel, fake: Kernel, random: bool = False) -> Op:

@@ -369,13 +369,27 @@ def direct(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
     empty: str = "zero",
+    shared: Tensor | None = None,
 ) -> Tensor:
-    """The op on CPU tensors, past the dispatcher where torch's own operator means the same."""
-    extras = bias or softcap or dropout or sinks is not None or (mask and mask != "k <= q")
-    if extras or scale <= 0 or (mask and q.shape[2] > _attention_cpu.TRIANGLE):
+    """The op on CPU tensors, past the dispatcher where torch's own operator means the same.
+
+    shared   the mask of `_attention_torch.small` for this call
+    """
+    extras = bias or softcap or dropout or sinks is not None or (mask and mask != _attention_torch.CAUSAL)
+    causal = mask != "" and shared is None
+    if shared is not None:
+        lost = q.dtype.itemsize < 4 and shared.dtype == torch.bool and torch.is_grad_enabled()
+    else:
+        lost = bool(extras) or scale <= 0 or (causal and q.shape[2] > _attention_cpu.TRIANGLE)
+    if lost:
         return op(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, None, 0.0, mask != "", scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, shared, 0.0, causal, scale=scale, enable_gqa=grouped)
+
+
+shared = _operator.Shared(
+    _attention_torch.small, ("q", "k"), ("tables", "mask", "bias"), _attention_torch.worth
+)
 
 
 def fastest() -> Fastest:

@@ -107,6 +107,13 @@ def drop_constants(program: Program) -> None:
             program.graph.erase_node(node)
 
 
+def merge(program: Program) -> int:
+    """Make one of nodes that compute the same, as passes leave them; returns how many went."""
+    merged = merge_equal(Editor(program))
+    program.changed()
+    return merged
+
+
 def _round(e: Editor) -> bool:
     """One sweep over the graph and one look at it as a whole; whether anything changed."""
     before = e.counts.total()

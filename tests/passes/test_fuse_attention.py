@@ -224,7 +224,7 @@ def test_on_a_gpu_the_faster_of_two_is_called_and_the_report_says_which():
             node.meta["val"] = torch.empty(node.meta["val"].shape, device="cuda")
     one.code = emit(one.program)
     one.bind(fast, 0, "python")
-    choice = one.code.choices["attention"]
+    choice = one.code.choices["fxaccel.attention.default"]
     for clock, best in (([2.0, 1.0], "SDPA"), ([1.0, 2.0], "fxaccel")):
         choice.timer = lambda runs, times=clock: [(run(), t)[1] for run, t in zip(runs, times, strict=True)]
         choice.chosen.clear()
