@@ -34,7 +34,9 @@ def merge_equal(e: Editor) -> int:
             continue
         if not is_pure(node.target) and has_effect(node):
             continue
-        key = (node.op, node.target, _key(node.args), _key(node.kwargs), node.meta.get("regions", ()))
+        key: Any = (node.op, node.target, _key(node.args), _key(node.kwargs), node.meta.get("regions", ()))
+        if node.target is aten.sym_size.int:  # whichever tensor has it
+            key = (node.target, ir.expr(node.meta["val"]), node.meta.get("regions", ()))
         first = seen.setdefault(key, node)
         if first is not node and e.forward(node, first) is not None:
             e.replace(node, first)
