@@ -120,6 +120,19 @@ def alias_roots(program: Program) -> dict[fx.Node, fx.Node]:
     return {n: find(n) for n in root}
 
 
+def storage_owner(node: fx.Node) -> Any:
+    """What a value may be a view of: a placeholder, a call, or one of a call's results as (call, number)."""
+    while True:
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            call, number = node.args
+            if not aliased_arguments(call):
+                return call, number
+        shared = aliased_arguments(node)
+        if not shared:
+            return node
+        node = shared[0]
+
+
 def aliased_arguments(node: fx.Node) -> list[fx.Node]:
     """Arguments whose storage the result of this call may share."""
     target = node.target

@@ -17,8 +17,9 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxaccel.canonical import merge
-from fxaccel.effects import eliminate_dead, has_effect, is_random, written
+from fxaccel.canonical import tidy
+from fxaccel.canonical.values import same_strides
+from fxaccel.effects import eliminate_dead, has_effect, is_random, storage_owner, written
 from fxaccel.errors import FxaccelError, OptionError, RuleError
 from fxaccel.ir import (
     Program,
@@ -28,6 +29,7 @@ from fxaccel.ir import (
     path,
     source,
     target_name,
+    tensors,
     without_defaults,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops
@@ -159,8 +161,8 @@ def _transaction(
         one.apply(work, plan, driver)
         work.changed()
         eliminate_dead(work.graph)
-        if record.applied and merge(work):
-            eliminate_dead(work.graph)
+        if record.applied:
+            tidy(work, driver.relaid)
         _check(program, work, one)
     except Exception as error:
         if strict:
@@ -185,9 +187,27 @@ def _check(before: Program, after: Program, one: Pass) -> None:
         n.name for n in after.graph.find_nodes(op="placeholder") if n.name not in after.state
     ]:
         raise RuleError(f"{one.name} changed the inputs of the graph")
+    storage = zip(_storage(before), _storage(after), strict=True)
+    for i, (a, b) in enumerate(storage):
+        if a != b:
+            a, b = a or "nothing", b or "nothing"
+            raise RuleError(f"{one.name} changed what output {i} shares storage with from {a} to {b}")
     for node in after.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             raise RuleError(f"{one.name} made %{node.name} without meta['val']; use ir.call")
+
+
+def _storage(program: Program) -> list[str]:
+    """For each output the input, parameter or earlier output that it may share storage with, "" for none."""
+    found, owners = [], dict[Any, str]()
+    for i, output in enumerate(program.graph.output_node().args[0]):
+        owner = storage_owner(output) if isinstance(output, fx.Node) else i
+        if isinstance(owner, fx.Node) and owner.op == "placeholder":
+            found.append(f"%{owner.name}")
+        else:
+            found.append(owners.get(owner, ""))
+        owners.setdefault(owner, f"output {i}")
+    return found
 
 
 def _same_type(old: Any, new: Any, what: str, name: str) -> None:
@@ -213,6 +233,7 @@ class Driver:
 
     def __init__(self, program: Program, one: Pass, record: PassReport, manifest: Manifest) -> None:
         self.program, self.one, self.record, self.manifest = program, one, record, manifest
+        self.relaid: set[fx.Node] = set()  # nodes with other strides than what they took the place of
 
     def applied(self, node: fx.Node, why: str = "", rule: str = "", proof: str = "") -> None:
         """Record a rewritten site."""
@@ -364,6 +385,9 @@ class _Local:
         graph = self.program.graph
         for old, new in zip(m.outputs, outputs, strict=True):
             old.replace_all_uses_with(new, propagate_meta=False)
+            pairs = zip(tensors(old.meta["val"]), tensors(new.meta["val"]), strict=True)
+            if not all(same_strides(a, b) for a, b in pairs):
+                self.driver.relaid.add(new)
         for node in sorted(m.nodes, reverse=True):
             if not node.users:
                 graph.erase_node(node)

@@ -138,9 +138,6 @@ def test_every_value_is_of_the_type_that_the_graph_says(training, cast):
         assert (real.dtype, list(real.shape)) == (dtype, sizes), node
 
 
-@pytest.mark.xfail(
-    strict=True, reason="readers of a rewritten value keep the strides that the old one gave them"
-)
 def test_every_value_has_the_strides_that_the_graph_says():
     x = torch.randn(3, 5, 8)
     fast = fxaccel.accelerate(Block(), example_inputs=(x,))

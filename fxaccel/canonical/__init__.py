@@ -66,6 +66,8 @@ input or of another output that it was not, and the set of parameters with a gra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from fxaccel.canonical import arguments, arithmetic, idiom, motion, norm, parts, product, shape  # noqa: F401
@@ -107,11 +109,17 @@ def drop_constants(program: Program) -> None:
             program.graph.erase_node(node)
 
 
-def merge(program: Program) -> int:
-    """Make one of nodes that compute the same, as passes leave them; returns how many went."""
-    merged = merge_equal(Editor(program))
+def tidy(program: Program, relaid: Iterable[fx.Node]) -> None:
+    """What the form holds of any graph, after a pass: true strides, and one node for each value.
+
+    relaid   nodes laid out otherwise than what they took the place of
+    """
+    e = Editor(program)
+    e.relaid.update(relaid)
+    lay_out(e)
+    if merge_equal(e):
+        eliminate_dead(e.graph)
     program.changed()
-    return merged
 
 
 def _round(e: Editor) -> bool:
