@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxaccel.ir import Program, arguments, is_tensor
+from fxaccel.ir import Program, arguments, incremental, is_tensor
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _RANDOM_TAG = torch.Tag.nondeterministic_seeded
@@ -103,6 +104,13 @@ def has_effect(node: fx.Node) -> bool:
     return _schema(node.target).kept or bool(mutated_arguments(node)) or is_random(node)
 
 
+def _alone(program: Program, roots: dict[fx.Node, fx.Node], made: Sequence[fx.Node]) -> None:
+    for node in made:
+        shared = aliased_arguments(node)
+        roots[node] = roots[shared[0]] if shared else node
+
+
+@incremental(_alone)
 def alias_roots(program: Program) -> dict[fx.Node, fx.Node]:
     """Node -> representative of the set of nodes that may share its storage (an analysis)."""
     root: dict[fx.Node, fx.Node] = {}
@@ -155,6 +163,7 @@ def _nodes(node: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
     return [n for name in names for n in pytree.tree_leaves(bound[name]) if isinstance(n, fx.Node)]
 
 
+@incremental(lambda program, writers, made: None)  # what touches written storage is not rewritten
 def written(program: Program) -> dict[fx.Node, fx.Node]:
     """Node -> the in-place call that writes to its storage, for every node so affected (an analysis)."""
     roots = program.facts(alias_roots)
@@ -175,18 +184,23 @@ def eliminate_dead(graph: fx.Graph) -> int:
     return erased
 
 
-def learned(program: Program) -> frozenset[fx.Node]:
-    """Nodes that a gradient may flow to: floats computed from parameters or from the caller's tensors (an
-    analysis)."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
+def _learned_too(program: Program, found: set[fx.Node], made: Iterable[fx.Node]) -> None:
+    for node in made:
         if not program.grad or not any(_differentiable(t) for t in pytree.tree_leaves(node.meta.get("val"))):
             continue
         slot = program.state.get(node.name) if node.op == "placeholder" else None
         source = node.op == "placeholder" and (slot is None or slot.kind == "parameter")
         if source or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
-    return frozenset(found)
+
+
+@incremental(_learned_too)
+def learned(program: Program) -> set[fx.Node]:
+    """Nodes that a gradient may flow to: floats computed from parameters or from the caller's tensors (an
+    analysis)."""
+    found: set[fx.Node] = set()
+    _learned_too(program, found, program.graph.nodes)
+    return found
 
 
 def _differentiable(val: Any) -> bool:

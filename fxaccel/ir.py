@@ -108,6 +108,16 @@ class Replacement:
     inverse: Callable[..., tuple[Tensor, ...]] | None
 
 
+def incremental(extend: Callable[[Program, Any, Sequence[fx.Node]], None]) -> Callable[[Any], Any]:
+    """Make an analysis one whose result `extend` brings up to date for nodes put in the place of others."""
+
+    def mark(analysis: Any) -> Any:
+        analysis.extend = extend
+        return analysis
+
+    return mark
+
+
 @dataclass
 class Program:
     """A captured model: the graph and everything needed to call it as the model was called.
@@ -159,9 +169,18 @@ class Program:
             self._facts[analysis] = analysis(self)
         return self._facts[analysis]
 
-    def changed(self) -> None:
-        """Forget analyses: whoever edits the graph calls this."""
-        self._facts.clear()
+    def changed(self, made: Sequence[fx.Node] | None = None) -> None:
+        """Forget analyses: whoever edits the graph calls this.
+
+        made    the new nodes, where the edit put them in the place of equal ones: `incremental` analyses
+                take them in and are kept
+        """
+        for analysis, found in list(self._facts.items()):
+            extend = getattr(analysis, "extend", None)
+            if made is None or extend is None:
+                del self._facts[analysis]
+            else:
+                extend(self, found, made)
 
     def copy(self) -> Program:
         """An independent copy: nodes, state table and notes; tensors and fake values are shared."""

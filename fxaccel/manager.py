@@ -398,7 +398,7 @@ class _Local:
             if new in made and old._erased:
                 new.name = old.name
                 new.meta.update(path=path(old), source=source(old))
-        self.program.changed()
+        self.program.changed([n for n in made if not n._erased])
 
 
 def _effects(rule: Rule, m: Match) -> Iterable[str]:

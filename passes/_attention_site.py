@@ -13,7 +13,7 @@ from torch import fx
 
 from fxaccel.effects import written
 from fxaccel.indexing import ZERO, Affine, Range, Read, Value, compare, dimension, index, symbols
-from fxaccel.ir import Program, arguments, is_call
+from fxaccel.ir import Program, arguments, incremental, is_call
 from fxaccel.passes._attention_mask import understand
 from fxaccel.passes._attention_scores import Scores, chain, element, named, untouched
 from fxaccel.passes._attention_terms import Fill, H, K, Mask, Problem, Q, Term
@@ -228,6 +228,7 @@ def _reader(program: Program, p: Problem) -> Reader:
     return Reader(p.known, (Q.of, K.of), program.facts(written), program.facts(numbers))
 
 
+@incremental(lambda program, found, made: None)  # of placeholders
 def numbers(program: Program) -> dict[fx.Node, Any]:
     """The constants of the graph that are one number (an analysis)."""
     slots = ((n, program.state.get(n.name)) for n in program.graph.find_nodes(op="placeholder"))

@@ -95,7 +95,7 @@ class Problem:
     s: sympy.Expr
     t: sympy.Expr
     dtype: torch.dtype  # of the scores
-    learned: frozenset[fx.Node]  # what gradients may flow to
+    learned: set[fx.Node]  # what gradients may flow to
     indices: tuple[Affine, ...] = (B, H, Q, K)
     words: tuple[tuple[sympy.Symbol, sympy.Symbol], ...] = ()
 

@@ -114,17 +114,17 @@ def unsupported(site: Site) -> Iterator[str]:
     if not q.dim() == k.dim() == v.dim():
         yield f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; the kernel takes equally many"
         return
-    k, v = (x.permute(o.order) if o.order else x for x, o in ((k, site.k), (v, site.v)))
-    before = [list(map(dimension, x.shape[:-3])) for x in (q, k, v)]
+    shapes = [list(q.shape), site.k.shape(), site.v.shape()]
+    before = [list(map(dimension, shape[:-3])) for shape in shapes]
     if q.dim() > 4 and before != [before[0]] * 3:
-        yield f"q, k, v are {[list(x.shape) for x in (q, k, v)]}: the dimensions before the heads differ"
+        yield f"q, k, v are {shapes}: the dimensions before the heads differ"
         return
-    q, k, v = (x.new_empty(padded(x.shape)) for x in (q, k, v))
+    made: list[Any] = [_Like(padded(s), x.dtype, x.device) for s, x in zip(shapes, (q, k, v), strict=True)]
     mask = site.mask
-    tables = [_shaped(t, q, k) for t in mask.tables]
+    tables = [_shaped(t, made[0], made[1]) for t in mask.tables]
     scale = site.scale or 1.0
     yield from kernel.unsupported(
-        q, k, v, tables, mask.mask, mask.bias, scale, site.cap, None, site.dropout, mask.empty
+        *made, tables, mask.mask, mask.bias, scale, site.cap, None, site.dropout, mask.empty
     )
 
 
@@ -140,7 +140,27 @@ def _shaped(t: Table, q: Any, k: Any) -> Any:
     if isinstance(t.source, fx.Node):
         return t.source.meta["val"]
     sizes = {B: q.shape[0], H: q.shape[1], D: q.shape[2] + k.shape[2] - 1}
-    return q.new_empty([sizes[a] for a in t.axes])
+    return _Like([sizes[a] for a in t.axes], q.dtype, q.device)
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What there is to know of a tensor that is not computed yet."""
+
+    shape: list[Any]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
 
 
 def heads(op: Ops, site: Site) -> tuple[fx.Node, ...]:
