@@ -20,7 +20,14 @@ _MAY_ALIAS_FIRST = {
     torch.ops.aten.dropout.default,
     torch.ops.aten.feature_dropout.default,
     torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.feature_alpha_dropout.default,
 }  # return their input itself in eval mode
+_MAY_NOT_WRITE = {
+    torch.ops.aten.dropout_.default,
+    torch.ops.aten.feature_dropout_.default,
+    torch.ops.aten.alpha_dropout_.default,
+    torch.ops.aten.feature_alpha_dropout_.default,
+}  # return their input as it is in eval mode
 _KEPT = {
     "_assert_async",
     "_assert_scalar",
@@ -81,6 +88,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function":
         return []
     names = _schema(node.target).writes
+    if node.target in _MAY_NOT_WRITE and not is_random(node):
+        return []
     if node.target is _BATCH_NORM and arguments(node)["training"]:
         names = ("running_mean", "running_var")  # although the schema does not say so
     return _nodes(node, names)

@@ -19,7 +19,8 @@ Calls
                    the one that varies is -1, or two and more are their nodes
 Gone               assertions on metadata; casts, moves, expands, slices, reshapes, permutes, copies,
                    dropouts, detaches that do nothing; x * 1, x / 1, x + 0, x ** 1; --x; widening casts
-                   before another cast; in-place operators on the model's own values; equal values computed
+                   before another cast; in-place operators on the model's own values, tensors filled part by
+               part (`cat`); equal values computed
                    twice; dead code
 Shapes
     permuting      `permute` with all dimensions, never two in a row; before a reshape that keeps the
@@ -74,6 +75,7 @@ from fxaccel.canonical import arguments, arithmetic, idiom, motion, norm, parts,
 from fxaccel.canonical.arguments import normal_arguments
 from fxaccel.canonical.editor import BY, ORDER, STEPS, UNDER_AUTOCAST, Editor, aten
 from fxaccel.canonical.effects import functionalise
+from fxaccel.canonical.filling import put_together
 from fxaccel.canonical.order import lay_out, merge_equal, rename, schedule, sort_operands
 from fxaccel.canonical.product import round_scales
 from fxaccel.canonical.values import under_autocast
@@ -127,6 +129,7 @@ def _round(e: Editor) -> bool:
     before = e.counts.total()
     e.refresh()
     e.counts["functionalise"] += functionalise(e)
+    e.counts["put_together"] += put_together(e)
     if e.counts.total() != before:
         e.refresh()
     for node in list(e.graph.nodes):
@@ -171,5 +174,14 @@ def _settle(e: Editor, node: fx.Node) -> None:
 
 def steps() -> list[tuple[str, str]]:
     """Every step of the form with its sentence, in the order in which they are tried."""
-    whole = [functionalise, normal_arguments, *ORDER, merge_equal, round_scales, sort_operands, schedule]
+    whole = [
+        functionalise,
+        put_together,
+        normal_arguments,
+        *ORDER,
+        merge_equal,
+        round_scales,
+        sort_operands,
+        schedule,
+    ]
     return [(s.__name__, (s.__doc__ or "").splitlines()[0]) for s in whole]

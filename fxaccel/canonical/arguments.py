@@ -177,7 +177,12 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     return narrow in pairs.get(wide, ())
 
 
-@on(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, autocast=True)
+_DROPOUTS = (aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout,
+             aten.dropout_, aten.feature_dropout_, aten.alpha_dropout_,
+             aten.feature_alpha_dropout_)  # fmt: skip
+
+
+@on(*(packet.default for packet in _DROPOUTS), autocast=True)
 def idle_dropout(e: Editor, node: fx.Node) -> fx.Node | None:
     """Dropout that drops nothing is gone."""
     x, p, train = node.args
@@ -198,11 +203,8 @@ def plain_alias(e: Editor, node: fx.Node) -> fx.Node | None:
 def idle_detach(e: Editor, node: fx.Node) -> fx.Node | None:
     """Detaching what no gradient can reach is gone."""
     x = node.args[0]
-    grad = e.program.grad
-    for region in node.meta.get("regions", ()):
-        grad = region.args[0] if region.kind == "grad" else grad
     free = not (dtype(x).is_floating_point or dtype(x).is_complex) or e.grad_free(x)
-    return e.forward(node, x) if free or not grad else None
+    return e.forward(node, x) if free or not e.grad_on(node) else None
 
 
 # Readers that give the same result, in the same layout, however their operand is laid out.

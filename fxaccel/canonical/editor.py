@@ -120,6 +120,11 @@ class Editor:
                 self._from_state[n] = all(self._from_state[i] for i in inputs)
         return self._from_state[node]
 
+    def grad_on(self, node: fx.Node) -> bool:
+        """Whether gradients are enabled where the node stands."""
+        inner = [r for r in node.meta.get("regions", ()) if r.kind == "grad"]
+        return bool(inner[-1].args[0]) if inner else self.program.grad
+
     def grad_free(self, node: fx.Node, limit: int = 200) -> bool:
         """Whether the value is computed from integers, buffers and constants alone."""
         seen, pending = {node}, [node]
