@@ -119,12 +119,13 @@ def unsupported(site: Site) -> Iterator[str]:
     if q.dim() > 4 and before != [before[0]] * 3:
         yield f"q, k, v are {shapes}: the dimensions before the heads differ"
         return
-    made: list[Any] = [_Like(padded(s), x.dtype, x.device) for s, x in zip(shapes, (q, k, v), strict=True)]
+    made: Any = [_Like(padded(s), x.dtype, x.device) for s, x in zip(shapes, (q, k, v), strict=True)]
+    q, k, v = made
     mask = site.mask
-    tables = [_shaped(t, made[0], made[1]) for t in mask.tables]
+    tables = [_shaped(t, q, k) for t in mask.tables]
     scale = site.scale or 1.0
     yield from kernel.unsupported(
-        *made, tables, mask.mask, mask.bias, scale, site.cap, None, site.dropout, mask.empty
+        q, k, v, tables, mask.mask, mask.bias, scale, site.cap, None, site.dropout, mask.empty
     )
 
 
