@@ -33,6 +33,10 @@ SITES: dict[str, Kinds] = {
     **each("falcon gpt_bigcode", MULTI_QUERY),
     **each("bloom mpt", ALIBI),
     "diffllama": {f"causal, key padding{GROUPS}": 4},
+    "gemma2": {
+        f"causal, key padding{GROUPS}, softcap": 1,
+        f"causal, window 64, key padding{GROUPS}, softcap": 1,
+    },
     "llama4": {f"causal, key padding, documents{GROUPS}": 2},
     "modernbert_decoder": {"causal, key padding": 1, "causal, window 64, key padding": 1},
     "gpt_oss": {
@@ -50,11 +54,16 @@ SITES: dict[str, Kinds] = {
     **each("bart mbart pegasus marian m2m_100 blenderbot plbart", PAIRED),
     **each("whisper moonshine speech_to_text", SPOKEN),
     **each("vit deit dinov2 dinov2_registers data2vec_vision vit_msn yolos segformer ast", FULL),
-    **each("vit_mae dpt pvt_v2", {"full": 4}),
+    **each("vit_mae dpt pvt_v2 hiera", {"full": 4}),
     "mobilevit": {"full": 9},
     "cvt": {"full": 6},
     "beit": {"a bias tensor": 2},
     "swin": {"a bias tensor": 4},
+    # Every other layer's windows are shifted, and the model adds their mask twice.
+    "swinv2": {
+        "a bias tensor": 2,
+        "an additive index function, an additive index function, a bias tensor": 2,
+    },
     "sam_vision": {"a bias tensor": 2},
     "clip": {"causal, key padding": 2, "full": 2},
 }
@@ -63,8 +72,8 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 # Models that transformers refuses to build with attn_implementation="sdpa".
 EAGER_ONLY = {
     "bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mpt", "openai_gpt", "xglm",
-    "convbert", "deberta", "deberta_v2", "flaubert", "funnel", "megatron_bert", "mpnet", "rembert",
-    "roformer", "squeezebert", "xlm", "xlnet",
+    "convbert", "deberta", "deberta_v2", "flaubert", "funnel", "led", "longformer", "megatron_bert",
+    "mpnet", "rembert", "roformer", "squeezebert", "xlm", "xlnet",
     "cvt", "hiera", "longt5", "mobilevit", "pvt_v2", "speech_to_text", "swinv2",
 }  # fmt: skip
 # Decoders whose inputs have no mask: the same kinds, less the padding.
@@ -76,18 +85,31 @@ UNMASKED: dict[str, Kinds] = {
     },
     "bloom": {"causal, an additive index function": 2},  # ALiBi over positions that nothing shifts
     "llama4": {f"causal, chunks{GROUPS}": 2},
-    "gemma2": {f"causal{GROUPS}, softcap": 1, f"causal, window 64{GROUPS}, softcap": 1},
     "xglm": {"causal": 2},
 }
 TRAINED: dict[str, Kinds] = {
     "gpt2 sdpa train": {"causal, key padding, dropout": 2},
+    "gpt2 eager train": {"causal, key padding, dropout": 2},
     "gpt2 eager unmasked train": {"causal, dropout": 2},
     "t5 eager unmasked train": {
         "relative bias, dropout": 2,
         "causal, relative bias, dropout": 2,
         "full, dropout": 2,
     },
+    "t5 eager train": {
+        "key padding, relative bias, dropout": 2,
+        "causal, relative bias, dropout": 2,
+        "key padding, dropout": 2,
+    },
+    # The encoder's mask fills the bias, which thus learns nothing from rows without keys.
+    "t5 sdpa train": {
+        "a bias tensor, dropout": 2,
+        "causal, relative bias, dropout": 2,
+        "key padding, dropout": 2,
+    },
     "bert sdpa train": {"key padding, dropout": 2},
+    "bert eager train": {"key padding, dropout": 2},
+    "mpnet eager train": {"key padding, relative bias, dropout": 2},
     "llama eager train": GROUPED,
     "mixtral sdpa train": WINDOWED,
     "gpt_oss eager train": SITES["gpt_oss"],
@@ -97,17 +119,12 @@ TRAINED: dict[str, Kinds] = {
     "vit eager train": FULL,
 }
 
-_CAPPED = "a row may see no key, and its equal weights are then capped"
 _CLAMPED = "a row may see no key, and its scores are clamped"
-_DROPPED = "a row may see no key, and its equal weights are then dropped"
 _FILLS = "a row may see no key, and then 2 masks, one of which fills with -3.40282e+38, leave some"
-_FIVE_HEADS = "q, k, v have 5 dimensions; the kernel takes up to 4"
-_FIVE = "the scores have 5 dimensions; the kernel takes up to 4"
 _IN_PLACE = "is written in place by aten.copy_"
-_WINDOWS = "aten.reshape stands between the softmax and the product with v"  # the mask of shifted windows
 _HALVES = "the intermediate aten.softmax.int is also read by aten.matmul"  # one softmax, two values
+_CHUNKS = "aten.pad stands between the softmax and the product with v"  # a band of keys, laid out as a table
 EXCEPTIONS: dict[str, str] = {
-    "gemma2 eager": _CAPPED,
     "xglm eager": _CLAMPED,
     "gpt_neo eager": _FILLS,
     "gpt_neo eager unmasked": _FILLS,
@@ -120,14 +137,9 @@ EXCEPTIONS: dict[str, str] = {
     "deepseek_v3 eager": _IN_PLACE,
     "xlnet eager": "a row may see no key, and its scores then differ by what -1e+30 does not absorb",
     "funnel eager": "is written in place by aten.mul_.Tensor",
-    "longt5 eager": _FIVE,
-    "hiera eager": _FIVE,
-    "swinv2 eager": _WINDOWS,
-    "gpt2 eager train": _DROPPED,
-    "bert eager train": _DROPPED,
-    "mpnet eager train": _DROPPED,
-    "t5 eager train": _DROPPED,
-    "t5 sdpa train": _DROPPED,
+    "longt5 eager": "what is done to the scores depends on sizes that the kernel has no words for",
+    "longformer eager": _CHUNKS,
+    "led eager": _CHUNKS,
 }
 A_LAYER = {"diffllama": 2}  # two softmaxes, of which one is taken from the other
 NOT_GROUPED = ("jetmoe",)  # the heads of one group are not neighbours
@@ -135,15 +147,18 @@ NOT_GROUPED = ("jetmoe",)  # the heads of one group are not neighbours
 TIMM: dict[str, Kinds] = {
     **each("vit vit_registers deit deit3 eva naflexvit", FULL),
     "vit_siglip": {"full": 3},
-    **each("vit_parallel xcit pvt_v2", {"full": 4}),
+    **each("vit_parallel xcit pvt_v2 hiera", {"full": 4}),
     "davit": {"full": 8},
-    "pit": {"full": 12},
+    **each("pit nest", {"full": 12}),
+    "twins": {"full": 18},
     **each("vit_relpos beit beitv2", {"a bias tensor": 2}),
+    **each("swin swinv2", {"a bias tensor": 2, "a bias tensor, a bias tensor": 2}),
 }
 TIMM_EXCEPTIONS: dict[str, str] = {
-    **dict.fromkeys(("hiera", "nest", "twins"), _FIVE_HEADS),
-    "volo": _FIVE,
-    **dict.fromkeys(("swin", "swinv2"), _WINDOWS),
+    # Outlook attention: a linear layer makes the weights, and its product stands for that of q and k.
+    "volo": "aten.permute stands between the product of q and k and the softmax",
+    # A linear layer mixes the weights of the heads.
+    "cait": "aten.permute stands between the softmax and the product with v",
     "tnt": "aten.dropout_ stands between the softmax and the product with v",
     "mvitv2": "is also read by aten.slice.Tensor",
 }
