@@ -112,12 +112,16 @@ def compare_runs(
 def _by_eps(old: _Seen, new: _Seen, again: Callable[[], _Seen]) -> Verdict:
     """The verdict by what one eps in every operator does to the model: in one draw, or in DRAWS."""
     draws = list[_Draw]()
+    verdict = _verdict(old, new, {}, "one eps")
     for seed in range(1, DRAWS + 1):
-        with evaluate.Unsteady(seed) as mode:
-            draws.append(_Draw(again().values, mode.largest))
-        verdict = _verdict(old, new, {}, "one eps", draws)
         if verdict.ok:
             break
+        try:
+            with evaluate.Unsteady(seed) as mode:
+                draws.append(_Draw(again().values, mode.largest))
+        except (RuntimeError, IndexError, ValueError):
+            continue  # a value that the model takes for exact: this draw says nothing
+        verdict = _verdict(old, new, {}, "one eps", draws)
     return verdict
 
 

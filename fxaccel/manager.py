@@ -255,7 +255,7 @@ class Driver:
         outputs: Sequence[fx.Node], replaced: Sequence[fx.Node],
     ) -> Proof:  # fmt: skip
         """Compare existing `nodes` with the `new` ones that are to take their place."""
-        old, made = list(nodes), list(new)
+        old, made = sorted(nodes), list(new)  # in the graph's order: the key and the seed depend on it
         reads = dict.fromkeys(a for n in [*old, *made] for a in n.all_input_nodes)
         inputs = [n for n in reads if n not in old and n not in made]
         before = fragment(self.program, old, inputs, outputs)

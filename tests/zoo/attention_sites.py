@@ -25,7 +25,7 @@ def each(names: str, kinds: Kinds) -> dict[str, Kinds]:
 
 
 SITES: dict[str, Kinds] = {
-    **each("gpt2 opt gpt_neox gptj codegen ctrl biogpt persimmon jetmoe", CAUSAL),
+    **each("gpt2 opt gpt_neox gptj codegen ctrl biogpt persimmon jetmoe deepseek_v2 deepseek_v3", CAUSAL),
     **each("llama qwen2 qwen3 gemma phi stablelm nemotron olmo olmo2 cohere granite glm glm4", GROUPED),
     **each("helium smollm3 ernie4_5 arcee bitnet qwen2_moe qwen3_moe olmoe granitemoe", GROUPED),
     **each("glm4_moe ernie4_5_moe", GROUPED),
@@ -47,6 +47,7 @@ SITES: dict[str, Kinds] = {
     **each("bert roberta xlm_roberta camembert albert distilbert electra ernie esm nomic_bert", PADDED),
     **each("convbert squeezebert mobilebert megatron_bert rembert roformer xlm flaubert", PADDED),
     "mpnet": {"key padding, relative bias": 2},
+    "funnel": {"an additive index function, an additive index function, an additive index function": 3},
     "modernbert": {"key padding": 1, "keys up to q + 64, window 65, key padding": 1},
     "deberta": {"data of queries and keys": 2},
     "deberta_v2": {"data of queries and keys, a bias tensor": 2},
@@ -121,7 +122,6 @@ TRAINED: dict[str, Kinds] = {
 
 _CLAMPED = "a row may see no key, and its scores are clamped"
 _FILLS = "a row may see no key, and then 2 masks, one of which fills with -3.40282e+38, leave some"
-_IN_PLACE = "is written in place by aten.copy_"
 _HALVES = "the intermediate aten.softmax.int is also read by aten.matmul"  # one softmax, two values
 _CHUNKS = "aten.pad stands between the softmax and the product with v"  # a band of keys, laid out as a table
 EXCEPTIONS: dict[str, str] = {
@@ -131,23 +131,19 @@ EXCEPTIONS: dict[str, str] = {
     "openai_gpt eager": "the scores are multiplied by a tensor, aten.slice.Tensor, that differs from key",
     "diffllama eager": _HALVES,
     "diffllama eager unmasked": _HALVES,
-    "deepseek_v2 sdpa": _IN_PLACE,
-    "deepseek_v2 eager": _IN_PLACE,
-    "deepseek_v3 sdpa": _IN_PLACE,
-    "deepseek_v3 eager": _IN_PLACE,
     "xlnet eager": "a row may see no key, and its scores then differ by what -1e+30 does not absorb",
-    "funnel eager": "is written in place by aten.mul_.Tensor",
     "longt5 eager": "what is done to the scores depends on sizes that the kernel has no words for",
     "longformer eager": _CHUNKS,
     "led eager": _CHUNKS,
 }
 A_LAYER = {"diffllama": 2}  # two softmaxes, of which one is taken from the other
-NOT_GROUPED = ("jetmoe",)  # the heads of one group are not neighbours
+# The heads of a group are no neighbours; latent attention has keys for every head, whatever the config says.
+NOT_GROUPED = ("jetmoe", "deepseek_v2", "deepseek_v3")
 
 TIMM: dict[str, Kinds] = {
     **each("vit vit_registers deit deit3 eva naflexvit", FULL),
     "vit_siglip": {"full": 3},
-    **each("vit_parallel xcit pvt_v2 hiera", {"full": 4}),
+    **each("vit_parallel xcit pvt_v2 hiera tnt", {"full": 4}),
     "davit": {"full": 8},
     **each("pit nest", {"full": 12}),
     "twins": {"full": 18},
@@ -159,7 +155,6 @@ TIMM_EXCEPTIONS: dict[str, str] = {
     "volo": "aten.permute stands between the product of q and k and the softmax",
     # A linear layer mixes the weights of the heads.
     "cait": "aten.permute stands between the softmax and the product with v",
-    "tnt": "aten.dropout_ stands between the softmax and the product with v",
     "mvitv2": "is also read by aten.slice.Tensor",
 }
 
