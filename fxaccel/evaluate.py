@@ -48,10 +48,13 @@ class Unsteady(TorchDispatchMode):
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 self.largest = max(self.largest, tensor.numel())
-                step = UNSTEADY if tensor.dtype is torch.float64 else torch.finfo(tensor.dtype).eps
+                wide = tensor.dtype is torch.float64
+                step = UNSTEADY if wide else torch.finfo(tensor.dtype).eps
                 signs = torch.randint(0, 2, tensor.shape, generator=self.generator).to(tensor)
                 moved = tensor * (1 + step * (2 * signs - 1))
-                exact = moved.isinf() | (tensor == tensor.round())  # finfo.max stays finite, a count a count
+                exact = moved.isinf()  # finfo.max stays finite
+                if not wide:  # and a count, which a model may read as a size, stays a count
+                    exact |= tensor == tensor.round()
                 tensor.copy_(torch.where(exact, tensor, moved))
         return result
 
