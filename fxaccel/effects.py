@@ -195,7 +195,7 @@ def eliminate_dead(graph: fx.Graph) -> int:
 
 def _learned_too(program: Program, found: set[fx.Node], made: Iterable[fx.Node]) -> None:
     for node in made:
-        if not program.grad or not any(_differentiable(t) for t in pytree.tree_leaves(node.meta.get("val"))):
+        if not program.grad or not any(differentiable(t) for t in pytree.tree_leaves(node.meta.get("val"))):
             continue
         slot = program.state.get(node.name) if node.op == "placeholder" else None
         source = node.op == "placeholder" and (slot is None or slot.kind == "parameter")
@@ -212,5 +212,6 @@ def learned(program: Program) -> set[fx.Node]:
     return found
 
 
-def _differentiable(val: Any) -> bool:
+def differentiable(val: Any) -> bool:
+    """Whether it is a tensor of floats or complex numbers."""
     return is_tensor(val) and (val.dtype.is_floating_point or val.dtype.is_complex)

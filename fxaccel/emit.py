@@ -218,7 +218,9 @@ class _Emitter:
         run = self.constant("checkpoint", torch.utils.checkpoint.checkpoint)
         name = self.local(f"recomputed_{region.index}")
         arguments = [self.names[n] for n in given]
+        outside, self.shared = self.shared, {}  # names within the function are its own
         inner = self.block(nodes, _last_uses(nodes, results), depth + 1)
+        self.shared = outside
         names = [self.names[n] for n in results]
         returns = ", ".join(names) + ("," if len(names) == 1 else "")
         call = ", ".join([name, *arguments, "use_reentrant=False"])
@@ -242,8 +244,9 @@ class _Emitter:
 
     def prepared(self, node: fx.Node) -> Iterator[str]:
         """The statement for what a kernel's call has in common with later ones, at the first of them."""
-        shared = getattr(_kernel(node, "cpu"), "shared", None)
-        if shared is None:
+        module, device = _kernel(node)
+        shared = getattr(module, "shared", None)
+        if shared is None or device != "cpu":
             return
         given = arguments(node)
         read = [given[name] for name in shared.read]
@@ -294,11 +297,10 @@ class _Emitter:
         On the CPU `direct` of its module: torch's own operators, past the dispatcher. On a GPU `fastest()`,
         one for the program: it chooses between the kernel and its peers by measurement.
         """
-        direct = _kernel(node, "cpu")
-        if direct is not None:
-            return getattr(direct, "direct", None)
-        module = _kernel(node, "cuda")
-        if module is None or not hasattr(module, "fastest"):
+        module, device = _kernel(node)
+        if device == "cpu":
+            return getattr(module, "direct", None)
+        if device != "cuda" or not hasattr(module, "fastest"):
             return None
         name = str(node.target)
         if name not in self.choices:
@@ -367,18 +369,16 @@ class _Emitter:
             yield f"{given}.is_contiguous() is {name in self.program.contiguous}"
 
 
-def _kernel(node: fx.Node, device: str) -> Any:
-    """The module of one of our kernels, if the node calls it on that device."""
+def _kernel(node: fx.Node) -> tuple[Any, str]:
+    """The module of the kernel of ours that a node calls, and the type of its device; None and "" if none."""
     target, val = node.target, node.meta.get("val")
     first = val[0] if isinstance(val, (tuple, list)) and val else val
     if getattr(target, "namespace", "") != "fxaccel" or not isinstance(first, Tensor):
-        return None
-    if first.device.type != device:
-        return None
+        return None, ""
     try:
-        return importlib.import_module(f"fxaccel.kernels.{target._opname}")
+        return importlib.import_module(f"fxaccel.kernels.{target._opname}"), first.device.type
     except ModuleNotFoundError:
-        return None
+        return None, ""
 
 
 def _is_condition(guard: str) -> bool:

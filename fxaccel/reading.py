@@ -187,13 +187,12 @@ class Reader:
         for left, right in groups(shape, into):
             if right == [-1]:
                 return None
-            here = [at[i] for i in left]
-            sizes = [shape[i] for i in left]
-            if not all(isinstance(x, Affine) for x in here):
-                return None
             flat = sympy.Integer(0)
-            for x, n in zip(here, sizes, strict=True):
-                flat = flat * n + x.of  # type: ignore[union-attr]
+            for i in left:
+                x = at[i]
+                if not isinstance(x, Affine):
+                    return None
+                flat = flat * shape[i] + x.of
             split = self.unflattened(sympy.expand(flat), [into[j] for j in right])
             if split is None:
                 return None
@@ -260,8 +259,9 @@ class Reader:
         """An element at computed indices; they are in range only as far as the graph's own operator checks
         them, so the element is known where they are plain and the sizes agree."""
         for i, size in zip(at, source.meta["val"].shape, strict=True):
-            inside = isinstance(i, Affine) and self.known.nonnegative(i.of)
-            if not (inside and self.known.nonnegative(dimension(size) - 1 - i.of)):  # type: ignore[union-attr]
+            if not isinstance(i, Affine):
+                return Read(source, at)
+            if not all(self.known.nonnegative(x) for x in (i.of, dimension(size) - 1 - i.of)):
                 return Read(source, at)
         return self.read(source, at)
 

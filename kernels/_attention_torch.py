@@ -1,7 +1,8 @@
 """Attention by torch's scaled_dot_product_attention, for calls that need no large mask there."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,50 +14,46 @@ CAUSAL = "k <= q"
 SMALL = 256 * 256  # scores a head, up to which the CPU gains nothing by skipping blocks
 
 
-def fits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    mask: str,
-    bias: str,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-    empty: str = "zero",
-) -> bool:
-    """Whether it means the same, and needs no mask larger than q, k and v together."""
-    settled = _attention_rows.settled(empty, sinks, mask, bias, q.shape[2], k.shape[2])
-    if softcap or sinks is not None or q.dtype == torch.float64 or not settled:
+class Call(NamedTuple):
+    """The arguments of fxaccel::attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: Sequence[Tensor]
+    mask: str
+    bias: str
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+    empty: str = "zero"
+
+
+def fits(*args: Any, **kwargs: Any) -> bool:
+    """Whether it means the same as a Call of these arguments, and needs no mask larger than q, k and v."""
+    c = Call(*args, **kwargs)
+    s, t = c.q.shape[2], c.k.shape[2]
+    settled = _attention_rows.settled(c.empty, c.sinks, c.mask, c.bias, s, t)
+    if c.softcap or c.sinks is not None or c.q.dtype == torch.float64 or not settled:
         return False
-    if not bias and mask in ("", CAUSAL):
+    if not c.bias and c.mask in ("", CAUSAL):
         return True
-    used = _score.names(mask) | _score.names(bias)
-    elements = 1
-    for name, size in zip(_score.INDICES, (*q.shape[:3], k.shape[2]), strict=True):
-        elements *= size if name in used else 1
-    return elements <= q.numel() + k.numel() + v.numel()
+    used = _score.names(c.mask) | _score.names(c.bias)
+    sizes = zip(_score.INDICES, (*c.q.shape[:3], t), strict=True)
+    elements = math.prod(size for name, size in sizes if name in used)
+    return elements <= c.q.numel() + c.k.numel() + c.v.numel()
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    mask: str,
-    bias: str,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-    empty: str = "zero",
-) -> Tensor:
-    """The same as fxaccel::attention, where it `fits`."""
-    causal = mask == CAUSAL and not bias
-    given, none = (None, None) if causal else _mask(q, k, tables, mask, bias)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, given, dropout, causal, scale=scale, enable_gqa=grouped)
+def attention(*args: Any) -> Tensor:
+    """fxaccel::attention of a Call that `fits`."""
+    c = Call(*args)
+    causal = c.mask == CAUSAL and not c.bias
+    given, none = (None, None) if causal else _mask(c.q, c.k, c.tables, c.mask, c.bias)
+    grouped = c.q.shape[1] != c.k.shape[1]
+    out = F.scaled_dot_product_attention(
+        c.q, c.k, c.v, given, c.dropout, causal, scale=c.scale, enable_gqa=grouped
+    )
     return out if none is None else out.masked_fill(none, 0.0)
 
 

@@ -94,7 +94,7 @@ def _recorded(x: Tensor) -> bool:
 
 def _key(args: Sequence[Any]) -> Any:
     """What calls have in common that are alike."""
-    gradients = torch.is_grad_enabled() and any(_wants(a) for a in _tensors(args))
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args))
     return gradients, tuple(_like(a) for a in args)
 
 
@@ -114,10 +114,6 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield arg
         elif isinstance(arg, (list, tuple)):
             yield from _tensors(arg)
-
-
-def _wants(x: Tensor) -> bool:
-    return x.requires_grad
 
 
 def _trial(way: Way, args: Sequence[Any]) -> Callable[[], Any]:

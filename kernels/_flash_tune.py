@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def fastest(run: Callable[[Config], Any], choices: list[Config], timer: Timer) -
     times = {}
     for choice in dict.fromkeys(choices):
         try:
-            times[choice] = timer(lambda choice=choice: run(choice))  # type: ignore[misc]
+            times[choice] = timer(partial(run, choice))
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
     return min(times, key=lambda choice: times[choice])

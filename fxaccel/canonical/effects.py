@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from fxaccel import ir
 from fxaccel.canonical.editor import Editor, aten
 from fxaccel.canonical.storage import follows
-from fxaccel.canonical.values import dtype, is_dense, same_strides, under_autocast
-from fxaccel.effects import is_random, learned, mutated_arguments
+from fxaccel.canonical.values import is_dense, same_strides, under_autocast
+from fxaccel.effects import differentiable, is_random, learned, mutated_arguments
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 # `copy` would be an operator of its own for what a cast and an expand are; `bernoulli` has no derivative.
@@ -99,7 +99,7 @@ def _free(e: Editor, node: fx.Node, base: fx.Node, group: list[fx.Node]) -> bool
     Without gradients the write leaves those of an earlier value alone and a new value would have none: then
     there must be none to begin with.
     """
-    cuts = e.program.grad and not e.grad_on(node) and _differentiable(base)
+    cuts = e.program.grad and not e.grad_on(node) and differentiable(base.meta["val"])
     for other in group:
         if other._erased or other is node:
             continue
@@ -114,10 +114,6 @@ def _reads_itself(node: fx.Node, base: fx.Node) -> bool:
     """Whether what is written is read as another operand too, in an order that is the operator's own."""
     again = base in [a for arg in (*node.args[1:], *node.kwargs.values()) for a in pytree.tree_leaves(arg)]
     return again and torch.Tag.pointwise not in functional(node.target).tags
-
-
-def _differentiable(node: fx.Node) -> bool:
-    return bool(dtype(node).is_floating_point or dtype(node).is_complex)
 
 
 def _replace(e: Editor, node: fx.Node, base: fx.Node) -> fx.Node | None:

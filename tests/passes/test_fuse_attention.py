@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import fxaccel
 from fxaccel.emit import emit
@@ -232,3 +233,44 @@ def test_on_a_gpu_the_faster_of_two_is_called_and_the_report_says_which():
         (note,) = fast.report().captures[0].notes
         assert re.fullmatch(rf"attention \[.*\] float32, k <= q, .*: {best} 1 ms; \w+ 2 ms", note), note
     assert note in str(fast.report())
+
+
+class Layers(nn.Module):
+    """Three attentions under one padding mask; a checkpoint around each of the last two if asked for."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.checkpointed = checkpointed
+
+    def forward(self, x, keep):
+        def layer(x):
+            scores = (x @ x.mT).masked_fill(~keep[:, None, None, :], torch.finfo(x.dtype).min)
+            return scores.softmax(-1) @ x
+
+        x = layer(x)
+        for _ in range(2):
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_small_attentions_on_the_cpu_share_one_mask_in_each_function(checkpointed):
+    keep = torch.rand(2, 7) > 0.3
+    keep[:, 0] = True
+    model, x = Layers(checkpointed), torch.randn(2, 2, 7, 4, dtype=torch.float64, requires_grad=True)
+    fast = fxaccel.accelerate(model, passes=["fuse-attention"], example_inputs=(x, keep))
+    assert len(fast.report()["fuse-attention"].applied) == 3
+    assert fast.code.count("= small(") == (3 if checkpointed else 1)
+    assert fast.code.count("shared=") == 3
+    hidden = keep.clone()
+    hidden[1] = False  # no key is left: the mask is not shared then, and the operator is called
+    long = (
+        torch.randn_like(x[:1, :1]).repeat(1, 1, 43, 1).requires_grad_(),
+        torch.rand(1, 301) > 0.3,
+    )  # not small
+    for given, mask in ((x, keep), (x, hidden), long):
+        results = []
+        for m in (model, fast):
+            y = m(given, mask)
+            results.append([y, *torch.autograd.grad(y.square().sum(), given)])
+        torch.testing.assert_close(*results)
