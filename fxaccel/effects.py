@@ -215,3 +215,15 @@ def learned(program: Program) -> set[fx.Node]:
 def differentiable(val: Any) -> bool:
     """Whether it is a tensor of floats or complex numbers."""
     return is_tensor(val) and (val.dtype.is_floating_point or val.dtype.is_complex)
+
+
+def last_uses(body: list[fx.Node], kept: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> values made in `body` whose last reader it is, so that they can be freed."""
+    seen, inside = set(kept), set(body)
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(body):
+        for arg in node.all_input_nodes:
+            if arg in inside and arg not in seen:
+                seen.add(arg)
+                dead.setdefault(node, []).append(arg)
+    return dead

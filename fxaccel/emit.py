@@ -17,7 +17,7 @@ import math
 import operator
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from fxaccel.effects import written
+from fxaccel.effects import last_uses, written
 from fxaccel.ir import Program, Region, arguments, expr, target_name
 
 # Operators whose Python binding takes the schema's arguments in the schema's order.
@@ -130,7 +130,7 @@ class _Emitter:
                 )
         output = nodes[-1]
         inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
-        last_use = _last_uses(body, output.all_input_nodes)
+        last_use = last_uses(body, output.all_input_nodes)
         lines = [f"def forward({', '.join(inputs)}):", *_indent(self.block(body, last_use, 0))]
         lines.append(f"    return {self.argument(list(output.args[0]))}")
         checks = [*self.accepts(inputs), "", "", *self.fits()]
@@ -219,7 +219,7 @@ class _Emitter:
         name = self.local(f"recomputed_{region.index}")
         arguments = [self.names[n] for n in given]
         outside, self.shared = self.shared, {}  # names within the function are its own
-        inner = self.block(nodes, _last_uses(nodes, results), depth + 1)
+        inner = self.block(nodes, last_uses(nodes, results), depth + 1)
         self.shared = outside
         names = [self.names[n] for n in results]
         returns = ", ".join(names) + ("," if len(names) == 1 else "")
@@ -403,15 +403,3 @@ def _runs(body: list[fx.Node], depth: int) -> Iterator[tuple[Region | None, list
         run.append(node)
     if run:
         yield current, run
-
-
-def _last_uses(body: list[fx.Node], kept: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> values made in `body` whose last reader it is, so that they can be freed."""
-    seen, inside = set(kept), set(body)
-    dead: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(body):
-        for arg in node.all_input_nodes:
-            if arg in inside and arg not in seen:
-                seen.add(arg)
-                dead.setdefault(node, []).append(arg)
-    return dead

@@ -9,7 +9,7 @@ scaled to the eps of another dtype, is what rounding may do there (a random runn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxaccel.effects import is_random
+from fxaccel.effects import is_random, last_uses
 from fxaccel.ir import Program, Region, arguments, entered
 
 _WIDE = {
@@ -161,9 +161,12 @@ class Calm(TorchFunctionMode):
 
 def run_nodes(
     nodes: Iterable[fx.Node], env: dict[fx.Node, Any], root: torch.nn.Module, *, double: bool = False,
-    still: bool = False,
+    still: bool = False, free: Mapping[fx.Node, Iterable[fx.Node]] | None = None,
 ) -> None:  # fmt: skip
-    """Evaluate `nodes`, in topological order, reading and extending `env`; drop nothing if `still`."""
+    """Evaluate `nodes`, in topological order, reading and extending `env`; drop nothing if `still`.
+
+    `free` has the values that leave `env` after a node.
+    """
     for node in nodes:
         if node.op == "get_attr":
             env[node] = getattr(root, str(node.target))
@@ -179,6 +182,8 @@ def run_nodes(
             with entered(regions):
                 result = target(*args, **kwargs)
             env[node] = widen_result(result) if double else result
+        for value in free.get(node, ()) if free else ():
+            del env[value]
 
 
 def widen_result(result: Any) -> Any:
@@ -202,7 +207,8 @@ def run(
             env[node] = state[node.name] if node.name in program.state else given[node.name]
             env[node] = widen(env[node]) if double else env[node]
         elif node.op == "output":
-            run_nodes(body, env, program.root, double=double)
+            free = last_uses(body, node.all_input_nodes)
+            run_nodes(body, env, program.root, double=double, free=free)
             return list(fx.map_arg(node.args[0], lambda n: env[n]))
         else:
             body.append(node)

@@ -1,13 +1,15 @@
 """The proof itself: how strict it is, on what inputs it tries, what it records, and that it repeats."""
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxaccel
-from fxaccel import manager
+from fxaccel import evaluate, manager
 from fxaccel.capture import capture
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import _BY_DEFINITION, Calm, Unsteady
@@ -376,6 +378,27 @@ def test_nothing_is_dropped_where_it_is_calm(name):
         calm = twice()
     assert torch.equal(*calm)
     assert not torch.equal(*twice())
+
+
+class Alive(TorchDispatchMode):
+    """Counts the results that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.made.add(result)
+        self.most = max(self.most, len(self.made))
+        return result
+
+
+def test_a_run_of_a_graph_keeps_no_value_longer_than_its_last_reader():
+    program = capture(nn.Sequential(*(nn.Sigmoid() for _ in range(30))), (torch.randn(3),), {})
+    with torch.no_grad(), Alive() as alive:
+        evaluate.run(program, {}, [torch.randn(3)], double=True)
+    assert alive.most <= 4
 
 
 def test_materialise_keeps_dtype_shape_and_strides():
