@@ -1,7 +1,8 @@
 """From a Program to straight Python: one statement a node, no interpretation left at call time.
 
-The generated module holds two functions. `accepts(...)` says in microseconds whether a call fits the
-capture: dtypes, devices, ranks, sizes, layouts and every guard. `forward(...)` computes. Frequent ATen
+The generated module holds three functions. `accepts(...)` says in microseconds whether a call fits the
+capture: dtypes, devices, ranks, sizes, layouts and every guard; `fits()` whether the parameters do.
+`forward(...)` computes; values that fxaccel.derived keeps come to it from `derive()`. Frequent ATen
 operators are called through torch's own Python bindings, which cost less than half of an
 `torch.ops.aten` call and reach the same kernels; every other operator is called as what it is.
 Parameters are read from the module's tables at each call, so loading, moving and training them works.
@@ -27,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from fxaccel.derived import Derived, derived
 from fxaccel.effects import last_uses, written
 from fxaccel.ir import Program, Region, arguments, expr, target_name
 
@@ -67,6 +69,7 @@ def _bindings() -> dict[str, Any]:
 
 
 _BINDINGS = _bindings()
+_FUNCTIONS = ("accepts", "fits", "forward", "compute", "sources", "derive", "derived")
 _serial = itertools.count()
 
 
@@ -97,6 +100,8 @@ class Code:
             owner = module.get_submodule(path)
             namespace[name] = owner._parameters if kind == "parameter" else owner._buffers
         exec(compile(self.source, filename, "exec"), namespace)
+        if "derive" in namespace:
+            namespace["derived"] = Derived(namespace["sources"], namespace["derive"])
         linecache.cache[filename] = (lambda: self.source,)  # for tracebacks
         weakref.finalize(namespace["forward"], linecache.cache.pop, filename, None)
         return namespace
@@ -117,7 +122,7 @@ class _Emitter:
         self.takes: dict[fx.Node, str] = {}
         self.read: dict[str, str] = {}
         self.names: dict[fx.Node, str] = {}
-        self.taken: set[str] = {"torch", "inf", "nan"}
+        self.taken: set[str] = {"torch", "inf", "nan", *_FUNCTIONS}
         self.inputs = [n for n in program.inputs if n is not None]
 
     def code(self) -> Code:
@@ -130,12 +135,34 @@ class _Emitter:
                 )
         output = nodes[-1]
         inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
+        ahead, kept = derived(self.program)
+        functions = self.ahead(inputs, ahead, kept) if kept else []
+        body = [n for n in body if n not in ahead]
         last_use = last_uses(body, output.all_input_nodes)
-        lines = [f"def forward({', '.join(inputs)}):", *_indent(self.block(body, last_use, 0))]
-        lines.append(f"    return {self.argument(list(output.args[0]))}")
-        checks = [*self.accepts(inputs), "", "", *self.fits()]
-        source = "\n".join([*checks, "", "", *lines, ""])
+        name, given = "compute" if kept else "forward", [*inputs, *(self.names[n] for n in kept)]
+        lines = [
+            f"def {name}({', '.join(given)}):",
+            *_indent(self.block(body, last_use, 0)),
+            f"    return {self.argument(list(output.args[0]))}",
+        ]
+        functions = [[*self.accepts(inputs)], [*self.fits()], lines, *functions]
+        source = "\n\n\n".join("\n".join(f) for f in functions) + "\n"
         return Code(source, self.constants, self.tables, self.choices)
+
+    def ahead(self, inputs: list[str], nodes: list[fx.Node], kept: list[fx.Node]) -> list[list[str]]:
+        """Functions for the values that are computed once, and the `forward` that passes them on."""
+        read = dict.fromkeys(self.names[a] for n in nodes for a in n.all_input_nodes if a in self.names)
+        body = self.block(nodes, last_uses(nodes, kept), 0)
+        names = [self.names[n] for n in kept]
+        self.shared = {}  # names within the function are its own
+        return [
+            ["def sources():", f"    return [{', '.join(read)}]"],
+            ["def derive():", *_indent(body), f"    return [{', '.join(names)}]"],
+            [
+                f"def forward({', '.join(inputs)}):",
+                f"    return compute({', '.join([*inputs, '*derived()'])})",
+            ],
+        ]
 
     # -- names ------------------------------------------------------------------------------------
 

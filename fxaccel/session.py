@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
-from fxaccel import manager, weights
+from fxaccel import derived, manager, weights
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import Call, ambient_autocast, capture
 from fxaccel.check import Verdict, compare
@@ -113,7 +113,8 @@ class Capture:
         code = emit(calm(self.program)) if still else self.code
         names = code.bind(module, filename)
         if self.backend == "inductor":
-            names["forward"] = torch.compile(names["forward"], dynamic=True)
+            heavy = "compute" if "compute" in names else "forward"
+            names[heavy] = torch.compile(names[heavy], dynamic=True)
         return names
 
 
@@ -258,6 +259,7 @@ class Session:
             canonical, self.settings.passes, allow=self.settings.allow, strict=self.settings.strict
         )
         run.program.drop_unused_state()
+        run.report.notes += filter(None, [derived.note(run.program)])
         return Capture(raw, canonical, run.program, run.manifest, run.report, emit(run.program))
 
     def unrewritten(

@@ -1,0 +1,82 @@
+"""Weights made of weights: what a pass computes from parameters alone runs once in inference.
+
+A pass that changes a weight writes the change into the graph: `w - w.mean(0)`, `w * scale`. Where gradients
+flow, that is what runs at each call, and training is the original's. In a capture without gradients such
+values are computed at the first call and kept; they are computed again when a tensor that they were made of
+has changed: written to, exchanged in its module, or moved. A write through `tensor.data` or from another
+framework counts in no version of the tensor and is not noticed; write within `torch.no_grad()`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxaccel.effects import has_effect, storage_owner, written
+from fxaccel.ir import Program, number, tensors
+
+_version = operator.attrgetter("_version")
+
+
+def derived(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes that are computed ahead, in order, and those of them that the rest of the graph reads."""
+    if program.grad:
+        return [], []
+    writers, outputs = program.facts(written), program.graph.output_node()
+    shown = {storage_owner(n) for n in outputs.all_input_nodes}
+    standing = {n for n in program.graph.nodes if n.name in program.state and n not in writers}
+    for node in program.graph.nodes:
+        read = node.all_input_nodes
+        kept = not (has_effect(node) or node in writers or node in shown)
+        if kept and read and standing.issuperset(read):
+            standing.add(node)
+    ahead = {n for n in standing if n.op == "call_function" and n.meta.get("by")}
+    nodes = []
+    for node in reversed(program.graph.nodes):
+        if node in ahead:
+            nodes.append(node)
+            ahead.update(a for a in node.all_input_nodes if a.op == "call_function")
+    nodes.reverse()
+    return nodes, [n for n in nodes if not ahead.issuperset(n.users)]
+
+
+def note(program: Program) -> str:
+    """A sentence for the report on the values that are kept, "" where there are none."""
+    _, kept = derived(program)
+    owned = [n for n in kept if storage_owner(n).op == "call_function"]
+    values = [t for n in owned for t in tensors(n.meta["val"])]
+    mebibytes = sum(number(t.numel(), program.hints) * t.element_size() for t in values) / 2**20
+    if not values:
+        return ""
+    what = f"{len(values)} values of {mebibytes:.3g} MiB"
+    return f"{what} are computed from parameters once, and again when those change"
+
+
+class Derived:
+    """Calls `compute()` for the values, and again only when what `sources()` returns has changed."""
+
+    def __init__(self, sources: Callable[[], tuple[Tensor, ...]], compute: Callable[[], Any]) -> None:
+        self.sources, self.compute = sources, compute
+        self.read: tuple[Tensor, ...] = ()
+        self.state: Any = None
+        self.values: Any = None
+
+    def __call__(self) -> Any:
+        if torch.compiler.is_compiling():
+            return self.compute()
+        read = self.sources()
+        if list(map(id, read)) != list(map(id, self.read)):
+            self.read, self.state = read, None
+        if any(type(t) not in (Tensor, nn.Parameter) for t in read):
+            return self.compute()
+        try:
+            state = [*map(_version, read), *map(Tensor.data_ptr, read)]
+        except RuntimeError:  # tensors of inference mode and of functorch do not count their writes
+            return self.compute()
+        if state != self.state:
+            self.values, self.state = self.compute(), state
+        return self.values
