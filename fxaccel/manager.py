@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +33,14 @@ from fxaccel.ir import (
     without_defaults,
 )  # fmt: skip
 from fxaccel.pattern import Match, Miss, Ops
-from fxaccel.proof import Claim, Manifest, Proof, describe, fragment, prove
+from fxaccel.proof import Claim, Manifest, Proof, composed, describe, fragment, prove
 from fxaccel.report import CaptureReport, PassReport, Site
 from fxaccel.rule import NUMERICS, STEPS, Pass, Rule, Search
 
 ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
 
+
+CANONICAL = {"canonical-norms"}  # properties of every graph before the first pass: norms are calls of ATen
 
 # -- order -----------------------------------------------------------------------------------------
 
@@ -80,7 +82,7 @@ def _before(q: Pass, p: Pass) -> bool:
 
 
 def _refuse_conflicts(by_name: dict[str, Pass]) -> None:
-    made = {fact for p in by_name.values() for fact in p.produces}
+    made = CANONICAL | {fact for p in by_name.values() for fact in p.produces}
     for p in by_name.values():
         for other in p.conflicts:
             if other in by_name:
@@ -261,6 +263,32 @@ class Driver:
         before = fragment(self.program, old, inputs, outputs)
         after = fragment(self.program, made, inputs, replaced)
         return prove(self.program, Claim(rule, before, after, self.one.numerics), self.manifest)
+
+    def lemma(
+        self, rule: str, like: fx.Node, inputs: Sequence[fx.Node],
+        before: Callable[[Ops, Any], fx.Node], after: Callable[[Ops, Any], fx.Node],
+    ) -> Proof:  # fmt: skip
+        """Compare what two functions of (op, of) write out, where `of(x)` stands for the nodes in x.
+
+        A pass that rewrites at many places that depend on each other proves each step by itself: what is
+        shown for any `inputs` holds for those of the graph.
+        """
+        old, new = (composed(self.program, like, inputs, build) for build in (before, after))
+        return prove(self.program, Claim(rule, old, new, self.one.numerics), self.manifest)
+
+    def ops(self, like: fx.Node) -> Ops:
+        """Writes calls at the graph's insertion point with the provenance of `like`."""
+        return Ops(lambda target, args, kwargs: self.call(like, target, *args, **kwargs))
+
+    def exchange(self, old: fx.Node, new: fx.Node) -> None:
+        """Let all readers of `old` read `new`, under the old name, and erase `old` if it may go."""
+        old.replace_all_uses_with(new, propagate_meta=False)
+        pairs = zip(tensors(old.meta["val"]), tensors(new.meta["val"]), strict=True)
+        if not all(same_strides(a, b) for a, b in pairs):
+            self.relaid.add(new)
+        if not has_effect(old):
+            self.program.graph.erase_node(old)
+            new.name = old.name
 
     # -- local rules ------------------------------------------------------------------------------
 

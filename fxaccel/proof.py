@@ -20,7 +20,7 @@ with one structure are proved once; the key is a hash of both fragments and thei
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from fxaccel.effects import learned
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import Unsteady, dropped, run_nodes, widen
 from fxaccel.ir import Program, SizeSpec, expr, is_tensor, number, structure
+from fxaccel.pattern import Ops
 from fxaccel.tolerance import DRAWS, algebra_differs, same_kind, share_of_tolerance
 
 _ODD = (3, 5, 7, 11, 13, 17, 9, 15, 19, 23, 33)
@@ -123,16 +124,40 @@ def fragment(
     program: Program, nodes: Iterable[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> Fragment:
     """A copy of `nodes` as a function of `inputs`."""
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    flows = program.facts(learned)
-    for node in inputs:
-        env[node] = graph.placeholder(node.name)
-        env[node].meta = {**node.meta, "learned": node in flows, "number": _number(program, node)}
+    graph = fx.Graph()
+    env = _placeholders(program, graph, inputs)
     for node in _ordered(nodes):
         env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = dict(node.meta)
     graph.output([env[o] for o in outputs])
     return Fragment(graph, program.root)
+
+
+def composed(
+    program: Program, like: fx.Node, inputs: Sequence[fx.Node], build: Callable[[Ops, Any], fx.Node]
+) -> Fragment:
+    """What `build(op, of)` makes as a function of `inputs`, in the regions of `like`.
+
+    `of(x)` is what stands for the nodes in x.
+    """
+    graph = fx.Graph()
+    env = _placeholders(program, graph, inputs)
+
+    def make(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = graph.call_function(target, args, kwargs)
+        node.meta = {"regions": like.meta.get("regions", ())}
+        return node
+
+    graph.output([build(Ops(make), lambda x: fx.map_arg(x, env.__getitem__))])
+    return Fragment(graph, program.root)
+
+
+def _placeholders(program: Program, graph: fx.Graph, inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    flows, env = program.facts(learned), dict[fx.Node, fx.Node]()
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = {**node.meta, "learned": node in flows, "number": _number(program, node)}
+    return env
 
 
 def _number(program: Program, node: fx.Node) -> Tensor | None:

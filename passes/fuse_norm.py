@@ -134,4 +134,5 @@ class FuseNorm(Rules):
     step = "raise"
     default = True
     produces = ("norms",)
+    invalidates = ("canonical-norms",)
     rules = (AddRMSNorm, AddLayerNorm, RMSNorm, LayerNorm)

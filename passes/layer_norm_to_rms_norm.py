@@ -1,0 +1,249 @@
+"""Turn LayerNorm into RMSNorm where its input can be given a zero mean exactly.
+
+    h = x + linear(a, W, b)                h = x' + linear(a, W - mean(W, 0), b - mean(b))
+    y = layer_norm(h, [C], w, c, eps)  =>  y = rms_norm(h, [C], w, eps) + c
+
+Fires on   residual streams (pre-norm GPT-2, OPT, GPT-NeoX, ViT, Whisper): values joined by adds and by
+           operations on other dimensions, whose producers are linears, convolutions, embeddings and
+           parameters, and which nothing but LayerNorms reads as they are. At most `own` values of a stream,
+           and fewer than its norms, are centred by an operation of their own.
+Saves      a reduction a norm, and its saved mean; the weights are centred once in inference (as much memory
+           as they have), and in training at each call: 3 passes over the weights.
+Exact      layer_norm(h) = rms_norm(h - mean(h)), and the mean is linear: each producer, each operation in
+           between and each norm is proved by itself. Gradients are the original's, whatever the optimizer:
+           the parameters stay, and what reads them is centred.
+Source     Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv:2305.14858; Ashkboos et al.
+           2024, "SliceGPT", arXiv:2401.15024.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxaccel.ir import Program, arguments, is_call, without_defaults
+from fxaccel.passes._zero_mean import (
+    LAYER_NORM,
+    OWN,
+    TWICE,
+    WRITTEN,
+    Analysis,
+    Place,
+    Stream,
+    links,
+    norm_input,
+    over_last,
+    scaled,
+)  # fmt: skip
+from fxaccel.rule import Ops, Pass, register
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The streams to convert, and the LayerNorms that stay with the sentence that says why."""
+
+    streams: tuple[Stream, ...]
+    refused: tuple[tuple[fx.Node, str], ...]
+
+    def __str__(self) -> str:
+        parts = []
+        for one in self.streams:
+            kinds = Counter(one.sources.values())
+            made = ", ".join(f"{n} by {how}" for how, n in sorted(kinds.items()))
+            parts.append(f"{len(one.norms)} norms of a stream with {len(one.sources)} sources: {made}")
+        return "; ".join([*parts, f"{len(self.refused)} LayerNorms stay"])
+
+
+@register
+class LayerNormToRMSNorm(Pass):
+    """LayerNorm becomes RMSNorm, exactly, where what it reads can be made zero-mean.
+
+    own               how many values of a stream may be centred by an operation of their own
+    even_if_slower    convert on the CPU too, where a LayerNorm is the faster of the two
+    """
+
+    name = "layer-norm-to-rms-norm"
+    step = "raise"
+    requires = ("canonical-norms",)
+
+    own: int = 1
+    even_if_slower: bool = False
+
+    def plan(self, program: Program) -> Conversion:
+        """Find the streams."""
+        norms = [n for n in program.graph.nodes if is_call(n, LAYER_NORM) and self.covers(n)]
+        why = {n: self.unfit(n) for n in norms}
+        refused = [(n, w) for n, w in why.items() if w]
+        streams, left = self.streams(program, [n for n in norms if not why[n]], tables=False)
+        if not program.grad:  # tables are centred once
+            more, left = self.streams(program, [n for n, _ in left], tables=True)
+            streams += more
+        return Conversion(tuple(streams), tuple(sorted([*refused, *left], key=lambda pair: pair[0])))
+
+    def unfit(self, norm: fx.Node) -> str:
+        """Why this LayerNorm stays one whatever it reads, "" for no reason."""
+        x = norm.args[0].meta["val"]
+        if not over_last(norm):
+            return f"it normalises over {len(norm.args[1])} dimensions; a mean over one can be taken out"
+        if x.device.type == "cpu" and not self.even_if_slower:
+            return (
+                "on the CPU a LayerNorm is one fused kernel and the faster of the two; "
+                "even_if_slower=true converts it all the same"
+            )
+        return ""
+
+    def streams(
+        self, program: Program, norms: list[fx.Node], tables: bool
+    ) -> tuple[list[Stream], list[tuple[fx.Node, str]]]:
+        """Those that may be converted, and the norms of the others with the reason."""
+        found, good, bad = Analysis(program, norms, tables), list[Stream](), list[tuple[fx.Node, str]]()
+        for stream in found.streams():
+            why = self.refusal(found, stream)
+            bad += [(n, why) for n in stream.norms if why]
+            good += [] if why else [stream]
+        return good, bad
+
+    def refusal(self, found: Analysis, stream: Stream) -> str:
+        """Why a stream stays as it is, "" for no reason."""
+        for (node, _), how in stream.sources.items():
+            if how in (WRITTEN, TWICE):
+                return f"%{node.name} of its stream {how}"
+        own = stream.own()
+        if len(own) <= self.own and len(own) < len(stream.norms):
+            return ""
+        reasons = Counter(found.why(t) for p in own for t in stream.terms.get(p, [p]))
+        told = "; ".join(f"{w}{f' ({n} times)' if n > 1 else ''}" for w, n in reasons.most_common(3))
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        limit = f"more than own={self.own}" if len(own) > self.own else "which costs what its norms save"
+        values = f"{len(own)} values" if len(own) > 1 else "a value"
+        return f"{values} of its stream would be centred at each call, {limit}: {told}{more}"
+
+    def apply(self, program: Program, plan: Conversion, driver: Any) -> None:
+        """Centre the sources, and exchange the norms."""
+        for norm, why in plan.refused:
+            driver.refused(norm, why)
+        for stream in plan.streams:
+            _Rewriting(program, driver, stream).run()
+
+
+def centre(op: Ops, x: Any, axis: int) -> Any:
+    """x - mean(x) over its channels."""
+    return op.aten.sub.Tensor(x, op.aten.mean.dim(x, [axis], True))
+
+
+class _Rewriting:
+    """One stream, from its sources to its norms. Each step is proved by itself, for any input:
+
+    a source with centred weights = its result centred
+    a link of centred values      = its result centred
+    rms_norm of a centred value   = layer_norm of the value
+    """
+
+    def __init__(self, program: Program, driver: Any, stream: Stream) -> None:
+        self.program, self.driver, self.stream = program, driver, stream
+        self.zero_mean: dict[Place, fx.Node] = {}
+        self.weights: dict[Any, fx.Node] = {}
+
+    def run(self) -> None:
+        for place, how in self.stream.sources.items():
+            self.zero_mean[place] = self.source(place, how)
+        for place in self.stream.links:
+            self.zero_mean[place] = self.link(place)
+        for norm in self.stream.norms:
+            self.norm(norm)
+
+    def source(self, place: Place, how: str) -> fx.Node:
+        """Centre what of a source is to be centred; returns the zero-mean value."""
+        node, axis = place
+        if how == "nothing":
+            self.prove("zero-mean", node, centred=axis, after=lambda op, of: op(node.target, *of(node.args)))
+            return node
+        if how in (OWN, "state"):
+            first = min(node.users) if node.op == "placeholder" else node.next
+            with self.program.graph.inserting_before(first):
+                like = first if node.op == "placeholder" else node
+                return centre(self.driver.ops(like), node, axis)
+        target, build, inside = _with_centred_weights(node, how)
+        self.prove(
+            "weights", node, centred=axis, after=lambda op, of: op(target, *build(op, of)), inside=inside
+        )
+        with self.program.graph.inserting_before(node):
+            args = build(self.driver.ops(node), lambda x: x)
+        node.target, node.args = target, without_defaults(target, args)
+        node.meta["by"] = self.driver.one.name
+        return node
+
+    def link(self, place: Place) -> fx.Node:
+        """Let a link read centred values."""
+        node, axis = place
+        operands = dict(links(node, axis) or ())
+
+        def after(op: Ops, of: Any) -> Any:
+            read = {x: of(x) for x in node.all_input_nodes}
+            read |= {x: centre(op, read[x], at) for x, at in operands.items()}
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), read.__getitem__)
+            return op(node.target, *args, **kwargs)
+
+        self.prove("link", node, centred=axis, after=after)
+        for x, at in operands.items():
+            node.replace_input_with(x, self.zero_mean[x, at])
+        return node
+
+    def norm(self, norm: fx.Node) -> None:
+        """Exchange a norm, whose input is centred by now."""
+        (x, axis), dims, w, b, eps = norm_input(norm), *list(arguments(norm).values())[1:5]
+
+        def rms(op: Ops, x: Any, w: Any, b: Any) -> Any:
+            y = op.aten.rms_norm.default(x, dims, w, eps)
+            return y if b is None else op.aten.add.Tensor(y, b)
+
+        proof = self.prove("norm", norm, after=lambda op, of: rms(op, centre(op, of(x), axis), of(w), of(b)))
+        with self.program.graph.inserting_before(norm):
+            new = rms(self.driver.ops(norm), self.zero_mean[x, axis], w, b)
+        what = f"one of {len(self.stream.norms)} norms of a stream with {len(self.stream.sources)} sources"
+        self.driver.applied(norm, what, proof=proof.key)
+        self.driver.exchange(norm, new)
+
+    def prove(
+        self,
+        step: str,
+        node: fx.Node,
+        *,
+        after: Any,
+        centred: int | None = None,
+        inside: tuple[fx.Node, ...] = (),
+    ) -> Any:
+        """That `after` is what a node computes with those `inside`, centred over a dimension if given."""
+
+        def before(op: Ops, of: Any) -> Any:
+            known = {n: op(n.target, *of(n.args)) for n in inside}
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: known.get(n) or of(n))
+            y = op(node.target, *args, **kwargs)
+            return y if centred is None else centre(op, y, centred)
+
+        nodes = [node, *inside]
+        read = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
+        return self.driver.lemma(f"{type(self.driver.one).__name__}: {step}", node, list(read), before, after)
+
+
+def _with_centred_weights(node: fx.Node, how: str) -> tuple[Any, Any, tuple[fx.Node, ...]]:
+    """The target of a source with centred weights, its arguments given Ops and what stands for a node, and
+    the nodes that it takes in."""
+    if how == "table":
+        table, *rest = node.args
+        return node.target, lambda op, of: (centre(op, of(table), 1), *of(rest)), ()
+    linear, scale = (scaled(node) or (node, None)) if how == "scaled weights" else (node, None)
+    x, w, b, *rest = (*linear.args, None)[: max(3, len(linear.args))]
+
+    def build(op: Ops, of: Any) -> tuple[Any, ...]:
+        w_, b_ = of(w), of(b)
+        if scale is not None:
+            w_ = op.aten.mul.Tensor(w_, op.aten.unsqueeze.default(of(scale), 1))
+            b_ = None if b is None else op.aten.mul.Tensor(b_, of(scale))
+        return of(x), centre(op, w_, 0), None if b is None else centre(op, b_, 0), *of(rest)
+
+    return linear.target, build, () if scale is None else (linear,)
