@@ -22,19 +22,25 @@ from fxaccel.ir import Program, number, tensors
 _version = operator.attrgetter("_version")
 
 
+def standing(program: Program) -> set[fx.Node]:
+    """Parameters and buffers that no call writes to, and what follows from them alone (an analysis)."""
+    writers, outputs = program.facts(written), program.graph.output_node()
+    shown = {storage_owner(n) for n in outputs.all_input_nodes}
+    found = {n for n in program.graph.nodes if n.name in program.state and n not in writers}
+    for node in program.graph.nodes:
+        read = node.all_input_nodes
+        kept = not (has_effect(node) or node in writers or node in shown)
+        if kept and read and found.issuperset(read):
+            found.add(node)
+    return found
+
+
 def derived(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
     """The nodes that are computed ahead, in order, and those of them that the rest of the graph reads."""
     if program.grad:
         return [], []
-    writers, outputs = program.facts(written), program.graph.output_node()
-    shown = {storage_owner(n) for n in outputs.all_input_nodes}
-    standing = {n for n in program.graph.nodes if n.name in program.state and n not in writers}
-    for node in program.graph.nodes:
-        read = node.all_input_nodes
-        kept = not (has_effect(node) or node in writers or node in shown)
-        if kept and read and standing.issuperset(read):
-            standing.add(node)
-    ahead = {n for n in standing if n.op == "call_function" and n.meta.get("by")}
+    found = program.facts(standing)
+    ahead = {n for n in found if n.op == "call_function" and n.meta.get("by")}
     nodes = []
     for node in reversed(program.graph.nodes):
         if node in ahead:
