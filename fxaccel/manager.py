@@ -7,6 +7,7 @@ whole, the report says why, and the next pass starts from the last good graph.
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from fxaccel.calibration import Calibration
 from fxaccel.canonical import tidy
 from fxaccel.canonical.values import same_strides
 from fxaccel.effects import eliminate_dead, has_effect, is_random, storage_owner, written
@@ -110,9 +112,13 @@ class Run:
 
 
 def run(
-    program: Program, passes: Sequence[Pass], *, allow: str = "reassociated", strict: bool = False
-) -> Run:
-    """Run `passes` (already ordered) over a canonical program."""
+    program: Program, passes: Sequence[Pass], *, allow: str = "reassociated", strict: bool = False,
+    calibration: Calibration | None = None,
+) -> Run:  # fmt: skip
+    """Run `passes` (already ordered) over a canonical program.
+
+    What passes that are not exact change is measured on `calibration`, if it is given.
+    """
     result = Run(program, CaptureReport(mode(program.training, program.grad)))
     program.guards += assumed(program)
     for one in passes:
@@ -123,7 +129,8 @@ def run(
         if why:
             record.error = why
         else:
-            result.program = _transaction(one, result.program, record, result.manifest, strict)
+            driver = Driver(result.program.copy(), one, record, result.manifest, calibration)
+            result.program = _transaction(driver, result.program, strict)
             _absorb(one, result.program)
         record.seconds = time.perf_counter() - started
     result.report.notes += result.program.notes
@@ -152,11 +159,13 @@ def _unfit(one: Pass, program: Program, allow: str) -> str:
     return ""
 
 
-def _transaction(
-    one: Pass, program: Program, record: PassReport, manifest: Manifest, strict: bool
-) -> Program:
-    work = program.copy()
-    driver = Driver(work, one, record, manifest)
+def is_exact(one: Pass) -> bool:
+    """Whether a pass promises the same function, up to the order of summation."""
+    return NUMERICS.index(one.numerics) <= NUMERICS.index("reassociated")
+
+
+def _transaction(driver: Driver, program: Program, strict: bool) -> Program:
+    work, one, record = driver.program, driver.one, driver.record
     try:
         plan = one.plan(work)
         record.plan = "" if plan is None else str(plan)
@@ -166,15 +175,29 @@ def _transaction(
         if record.applied:
             tidy(work, driver.relaid)
         _check(program, work, one)
+        if record.applied and not is_exact(one):
+            _measure(driver, program)
     except Exception as error:
         if strict:
             raise
         record.applied.clear()
+        record.change = None
         record.error = (
             error.message if isinstance(error, FxaccelError) else f"{type(error).__name__}: {error}"
         )
         return program
     return work
+
+
+def _measure(driver: Driver, before: Program) -> None:
+    """Record what the pass changes; raises OptionError if that is more than its `budget`."""
+    if driver.calibration is None:
+        return
+    driver.record.change = driver.calibration.change(before, driver.program)
+    budget = getattr(driver.one, "budget", math.inf)
+    if not driver.record.change <= budget:
+        on = "the calibration data" if driver.calibration.given else "the call that was captured"
+        raise OptionError(f"it changes the outputs by {driver.record.change:.2g} on {on}, budget={budget:g}")
 
 
 def _check(before: Program, after: Program, one: Pass) -> None:
@@ -233,8 +256,12 @@ def _same_type(old: Any, new: Any, what: str, name: str) -> None:
 class Driver:
     """What a pass edits and records with: `applied`, `refused`, `call`, `prove` and `rewrite`."""
 
-    def __init__(self, program: Program, one: Pass, record: PassReport, manifest: Manifest) -> None:
+    def __init__(
+        self, program: Program, one: Pass, record: PassReport, manifest: Manifest,
+        calibration: Calibration | None,
+    ) -> None:  # fmt: skip
         self.program, self.one, self.record, self.manifest = program, one, record, manifest
+        self.calibration = calibration
         self.relaid: set[fx.Node] = set()  # nodes with other strides than what they took the place of
 
     def applied(self, node: fx.Node, why: str = "", rule: str = "", proof: str = "") -> None:

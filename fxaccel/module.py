@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxaccel import weights
+from fxaccel.capture import Call
 from fxaccel.errors import OptionError
 from fxaccel.report import Report
 from fxaccel.rule import NUMERICS, Pass
@@ -37,6 +38,7 @@ def accelerate(
     check: bool = True,
     backend: str = "python",
     max_captures: int = 16,
+    calibration: Iterable[Any] = (),
 ) -> Any:
     """A module that computes what `model` computes, rewritten by `passes`.
 
@@ -52,6 +54,8 @@ def accelerate(
     check            compare each captured graph, outputs and gradients, with the model before using it
     backend          "python", or "inductor" to hand the rewritten graph on to torch.compile
     max_captures     graphs kept for different modes and inputs; the one unused longest is dropped
+    calibration      calls, each given as `example_inputs` is, on which passes that are not exact are measured
+                     (and held to their `budget`); without them, on the call that is captured
 
     Raises OptionError for wrong options, CaptureError where the model cannot be captured.
     """
@@ -75,6 +79,7 @@ def accelerate(
     settings = Settings.make(
         passes, allow=allow, strict=strict, expect=expect, check=check, backend=backend,
         max_captures=max_captures,
+        calibration=tuple(Call(*_call_of(c, "a call in calibration")) for c in calibration),
     )  # fmt: skip
     if isinstance(model, AcceleratedModule):
         model = model.original()
@@ -85,7 +90,7 @@ def accelerate(
     return fast
 
 
-def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call_of(example: Any, what: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, (tuple, list)):
@@ -93,8 +98,8 @@ def _call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Tensor):
         return (example,), {}
     raise OptionError(
-        f"example_inputs is a {type(example).__name__}, expected a tuple of arguments or a mapping of "
-        "keyword arguments"
+        f"{what} is a {type(example).__name__}, expected a tuple of arguments or a mapping of keyword "
+        "arguments"
     )
 
 

@@ -34,7 +34,11 @@ class Site:
 
 @dataclass
 class PassReport:
-    """The sites of one pass in one capture; `error` says why the pass was rolled back, "" if it was not."""
+    """The sites of one pass in one capture.
+
+    error     why the pass was rolled back, "" if it was not
+    change    of a pass that is not exact: the largest relative change of an output, as measured
+    """
 
     name: str
     applied: list[Site] = field(default_factory=list)
@@ -43,6 +47,7 @@ class PassReport:
     plan: str = ""
     error: str = ""
     seconds: float = 0.0
+    change: float | None = None
 
 
 @dataclass
@@ -76,6 +81,8 @@ class Report:
                 merged.seconds += one.seconds
                 merged.error = merged.error or one.error
                 merged.plan = merged.plan or one.plan
+                if one.change is not None:
+                    merged.change = max(merged.change or 0.0, one.change)
         if not found:
             raise KeyError(f"{name!r} ran in no capture; there were {sorted(set(self))}")
         return merged
@@ -123,6 +130,8 @@ def _text(capture: CaptureReport) -> str:
     for p in capture.passes:
         if p.error:
             rows.append(f"{p.name} was rolled back: {p.error}")
+        elif p.change is not None:
+            rows.append(f"{p.name} changes the outputs by {p.change:.2g} of their size")
         rows += [f"{p.name} refused  {line}" for line in _counted(p.refused)]
         rows += [f"{p.name} near     {line}" for line in _counted(p.near_misses)]
     rows += [f"note: {n}" for n in capture.notes]

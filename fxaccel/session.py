@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
 from fxaccel import derived, manager, weights
+from fxaccel.calibration import Calibration
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import Call, ambient_autocast, capture
 from fxaccel.check import Verdict, compare
@@ -42,6 +43,7 @@ class Settings:
     check: bool
     backend: str
     max_captures: int
+    calibration: tuple[Call, ...] = ()
 
     @classmethod
     def make(
@@ -61,6 +63,7 @@ class Capture:
     """One captured, rewritten and emitted graph.
 
     raw, canonical, program   the graph as exported, before the passes, and after them
+    loose                     passes at work in it that are not exact
     """
 
     raw: Program
@@ -74,6 +77,7 @@ class Capture:
     forward: Any = None
     result: Any = None
     backend: str = "python"
+    loose: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -231,17 +235,35 @@ class Session:
         return one
 
     def whole(self, raw: Program, original: nn.Module, module: Any, example: Call) -> Capture:
-        one = self.rewrite(raw)
+        passes = self.settings.passes
+        exact = [p for p in passes if manager.is_exact(p)]
+        one, before = self.checked(raw, exact, original, module, example)
+        if len(exact) == len(passes) or one.program is raw:
+            return one
+        # What passes that are not exact change is measured; the check is of what the others did.
+        weights.give_back(module, before, self.replacements)
+        calls, check = self.settings.calibration, one.report.check
+        one = self.rewrite(raw, passes, Calibration(original, calls or (example,), bool(calls)))
+        weights.adopt(module, one.program, self.replacements)
+        one.bind(module, self.dropped + len(self.all), self.settings.backend)
+        one.loose = tuple(p.name for p in one.report.passes if p.change is not None)
+        one.report.check = ", ".join([check, *(f"before {name}" for name in one.loose)]) if check else ""
+        return one
+
+    def checked(
+        self, raw: Program, passes: Sequence[Pass], original: nn.Module, module: Any, example: Call
+    ) -> tuple[Capture, weights.Before]:
+        """The capture after exact passes, compared with the model, and what undoes its new parameters."""
+        one = self.rewrite(raw, passes)
         before = weights.adopt(module, one.program, self.replacements)
         one.bind(module, self.dropped + len(self.all), self.settings.backend)
-        if not self.settings.check:
-            return one
-        verdict = compare(one, original, module, example)
-        if verdict.ok:
+        if self.settings.check:
+            verdict = compare(one, original, module, example)
+            if not verdict.ok:
+                weights.give_back(module, before, self.replacements)
+                return self.unrewritten(one, verdict, original, module, example), before
             one.report.check = str(verdict)
-            return one
-        weights.give_back(module, before, self.replacements)
-        return self.unrewritten(one, verdict, original, module, example)
+        return one, before
 
     def piecewise(self, why: CaptureError, original: nn.Module, module: Any, example: Call) -> Pieces:
         """The model in several graphs, where it cannot be one."""
@@ -252,11 +274,14 @@ class Session:
         one.checked(original, module, example)
         return one
 
-    def rewrite(self, raw: Program) -> Capture:
+    def rewrite(
+        self, raw: Program, passes: Sequence[Pass], calibration: Calibration | None = None
+    ) -> Capture:
         canonical = raw.copy()
         canonicalize(canonical)
+        settings = self.settings
         run = manager.run(
-            canonical, self.settings.passes, allow=self.settings.allow, strict=self.settings.strict
+            canonical, passes, allow=settings.allow, strict=settings.strict, calibration=calibration
         )
         run.program.drop_unused_state()
         run.report.notes += filter(None, [derived.note(run.program)])
@@ -349,7 +374,7 @@ class Session:
                 continue
             with random_kept():
                 proofs += one.manifest.again(one.program)
-                if not self.loaded and one.program.grad == torch.is_grad_enabled():
+                if not self.loaded and not one.loose and one.program.grad == torch.is_grad_enabled():
                     checks.append(self.recheck(one, module))
         return Verification(proofs, checks)
 

@@ -14,7 +14,7 @@ A value that is needed both ways is computed as it is and centred by an operatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,6 +243,15 @@ class Stream:
                 own = [p for p in operands if self.sources.pop(p) == OWN]
                 self.terms[link] = [t for p in own for t in self.terms.pop(p, [p])]
                 self.sources[link] = OWN
+
+
+def slower(norm: fx.Node) -> Iterator[str]:
+    """Why an RMSNorm in the place of this LayerNorm would be the slower of the two."""
+    if norm.meta["val"].device.type == "cpu":
+        yield (
+            "on the CPU a LayerNorm is one fused kernel and the faster of the two; "
+            "even_if_slower=true converts it all the same"
+        )
 
 
 def norm_input(norm: fx.Node) -> Place:

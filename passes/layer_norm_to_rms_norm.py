@@ -36,6 +36,7 @@ from fxaccel.passes._zero_mean import (
     norm_input,
     over_last,
     scaled,
+    slower,
 )  # fmt: skip
 from fxaccel.rule import Ops, Pass, register
 
@@ -86,15 +87,9 @@ class LayerNormToRMSNorm(Pass):
 
     def unfit(self, norm: fx.Node) -> str:
         """Why this LayerNorm stays one whatever it reads, "" for no reason."""
-        x = norm.args[0].meta["val"]
         if not over_last(norm):
             return f"it normalises over {len(norm.args[1])} dimensions; a mean over one can be taken out"
-        if x.device.type == "cpu" and not self.even_if_slower:
-            return (
-                "on the CPU a LayerNorm is one fused kernel and the faster of the two; "
-                "even_if_slower=true converts it all the same"
-            )
-        return ""
+        return "" if self.even_if_slower else "".join(slower(norm))
 
     def streams(
         self, program: Program, norms: list[fx.Node], tables: bool

@@ -1,0 +1,43 @@
+"""Turn LayerNorm into RMSNorm without a proof that its input has a zero mean.
+
+    y = layer_norm(h, [C], w, c, eps)  =>  y = rms_norm(h, [C], w, eps) + c
+
+Fires on   every LayerNorm over one dimension; layer-norm-to-rms-norm converts those where it is exact.
+Saves      a reduction a norm, and its saved mean.
+Exact      no: y is off by up to |mean(h)| / rms(h). What that does to the model's outputs is measured, and
+           above `budget` nothing is changed. A model that is fine-tuned afterwards mostly recovers.
+Source     Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+"""
+
+from fxaccel.passes._zero_mean import slower
+from fxaccel.rule import ANY, Match, Ops, Refusals, Rule, register
+
+
+@register
+class DropNormMean(Rule):
+    """LayerNorm becomes RMSNorm, which is an approximation, within a budget.
+
+    budget            how much an output of the model may change, of its size, on the calibration data
+    even_if_slower    convert on the CPU too, where a LayerNorm is the faster of the two
+    """
+
+    name = "drop-norm-mean"
+    step = "raise"
+    numerics = "approximate"
+    requires = ("canonical-norms",)
+
+    budget: float = 0.01
+    even_if_slower: bool = False
+
+    def pattern(self, op, x, dims, w, b, eps):
+        return op.aten.layer_norm.default(x, dims, w, b, eps, ANY)
+
+    def refuse(self, m: Match) -> Refusals:
+        if len(m.dims) != 1:
+            yield f"it normalises over {len(m.dims)} dimensions; an RMSNorm is over one"
+        if not self.even_if_slower:
+            yield from slower(m.root)
+
+    def rewrite(self, op: Ops, m: Match):
+        y = op.aten.rms_norm.default(m.x, m.dims, m.w, m.eps)
+        return y if m.b is None else op.aten.add.Tensor(y, m.b)
