@@ -18,12 +18,13 @@ Source     Jiang et al. 2023, "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxaccel.ir import Program, arguments, is_call, without_defaults
+from fxaccel.ir import Program, Replacement, arguments, is_call, without_defaults
 from fxaccel.passes._zero_mean import (
     LAYER_NORM,
     OWN,
@@ -65,6 +66,9 @@ class LayerNormToRMSNorm(Pass):
 
     own               how many values of a stream may be centred by an operation of their own
     even_if_slower    convert on the CPU too, where a LayerNorm is the faster of the two
+    fold              put centred weights in the place of the parameters, which saves their centring and their
+                      memory; trained, they need not stay centred, and the model becomes one with RMSNorms.
+                      The state_dict stays the original's: their mean is kept beside them
     """
 
     name = "layer-norm-to-rms-norm"
@@ -73,6 +77,7 @@ class LayerNormToRMSNorm(Pass):
 
     own: int = 1
     even_if_slower: bool = False
+    fold: bool = False
 
     def plan(self, program: Program) -> Conversion:
         """Find the streams."""
@@ -123,6 +128,12 @@ class LayerNormToRMSNorm(Pass):
             driver.refused(norm, why)
         for stream in plan.streams:
             _Rewriting(program, driver, stream).run()
+        folded = [r for r in program.replacements if r.by == self.name]
+        if folded and program.grad:
+            program.notes.append(
+                f"{self.name} has folded the centring into {len(folded)} parameters: after a step of training "
+                "they need not be centred, and the model is not the original with LayerNorms any more"
+            )
 
 
 def centre(op: Ops, x: Any, axis: int) -> Any:
@@ -141,7 +152,7 @@ class _Rewriting:
     def __init__(self, program: Program, driver: Any, stream: Stream) -> None:
         self.program, self.driver, self.stream = program, driver, stream
         self.zero_mean: dict[Place, fx.Node] = {}
-        self.weights: dict[Any, fx.Node] = {}
+        self.folded: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
         for place, how in self.stream.sources.items():
@@ -167,10 +178,38 @@ class _Rewriting:
             "weights", node, centred=axis, after=lambda op, of: op(target, *build(op, of)), inside=inside
         )
         with self.program.graph.inserting_before(node):
-            args = build(self.driver.ops(node), lambda x: x)
+            whole = self.driver.one.fold and how == "weights"
+            args = self.replaced(node) if whole else build(self.driver.ops(node), lambda x: x)
         node.target, node.args = target, without_defaults(target, args)
         node.meta["by"] = self.driver.one.name
         return node
+
+    def replaced(self, node: fx.Node) -> tuple[Any, ...]:
+        """The arguments of a linear or convolution with centred parameters in the place of its own."""
+        x, w, b, *rest = (*node.args, None)[: max(3, len(node.args))]
+        return x, self.parameter(node, w), None if b is None else self.parameter(node, b), *rest
+
+    def parameter(self, node: fx.Node, w: fx.Node) -> fx.Node:
+        """The parameter w centred for good, or at each call where something else reads it as it is."""
+        turned = is_call(w, aten.permute.default) and w.args[1] == [1, 0]
+        old = w.args[0] if turned else w
+        if old not in self.folded:
+            slot = self.program.state.get(old.name)
+            readers = {r for u in old.users for r in (u.users if u.target is aten.permute.default else [u])}
+            own = {n for (n, _), how in self.stream.sources.items() if how == "weights"}
+            tied = slot is not None and any(slot.name in names for names in self.program.ties)
+            if slot is None or slot.kind != "parameter" or tied or not readers <= own:
+                return centre(self.driver.ops(node), w, 0)
+            val, dim = old.meta["val"], int(turned)
+            one = Replacement(
+                self.driver.one.name, (slot.name,), (f"{slot.name}_centred", f"{slot.name}_mean"),
+                partial(_parted, dim), _joined,
+            )  # fmt: skip
+            with val.fake_mode:
+                vals = _parted(dim, torch.empty_like(val))
+            self.folded[old] = self.program.replace_parameters(one, vals)[0]
+        new = self.folded[old]
+        return self.driver.call(node, aten.permute.default, new, [1, 0]) if turned else new
 
     def link(self, place: Place) -> fx.Node:
         """Let a link read centred values."""
@@ -223,6 +262,16 @@ class _Rewriting:
         nodes = [node, *inside]
         read = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
         return self.driver.lemma(f"{type(self.driver.one).__name__}: {step}", node, list(read), before, after)
+
+
+def _parted(dim: int, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight without its mean over the outputs, and that mean."""
+    mean = w.mean(dim, keepdim=True)
+    return w - mean, mean
+
+
+def _joined(centred: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor]:
+    return (centred + mean,)
 
 
 def _with_centred_weights(node: fx.Node, how: str) -> tuple[Any, Any, tuple[fx.Node, ...]]:

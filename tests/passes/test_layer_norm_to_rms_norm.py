@@ -202,6 +202,94 @@ def test_a_saved_model_is_verified_again(tmp_path):
     assert len(found.proofs) >= 5
 
 
+FOLD = LayerNormToRMSNorm(even_if_slower=True, fold=True)
+
+
+def test_folded_parameters_are_the_centred_ones_and_the_state_dict_is_the_original(tmp_path):
+    model = Net().double().eval()
+    fast, record = converted(model, IDS, options=FOLD)
+    assert len(record.applied) == 5
+    named = dict(fast.named_parameters())
+    assert named["layers.0.mix.weight_centred"].mean(0).abs().max() < 1e-15
+    assert {"layers.0.mix.bias_centred", "layers.1.down.weight_mean"} < set(named)
+    assert "layers.0.mix.weight" not in named
+    assert "derive" not in fast.code  # nothing is left to compute
+    state = fast.state_dict()
+    assert set(state) == set(model.state_dict())
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(state[name], want, atol=1e-15, rtol=1e-15)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(IDS), model(IDS), atol=1e-12, rtol=1e-12)
+        fast.save(tmp_path / "m.fxa")
+        torch.testing.assert_close(fxaccel.load(tmp_path / "m.fxa")(IDS), model(IDS), atol=1e-12, rtol=1e-12)
+        other = Net().double().eval()
+        fast.load_state_dict(other.state_dict())
+        torch.testing.assert_close(fast(IDS), other(IDS), atol=1e-12, rtol=1e-12)
+
+
+def test_folded_it_trains_as_another_model_and_says_so():
+    model = Net().double()
+    fast, record = converted(model, IDS, grad=True, options=FOLD)
+    assert len(record.applied) == 5
+    (note,) = [n for n in fast.report().captures[0].notes if "folded" in n]
+    assert "folded the centring into 6 parameters" in note
+    assert "is not the original with LayerNorms any more" in note
+    torch.testing.assert_close(fast(IDS), model(IDS), atol=1e-12, rtol=1e-12)
+    optimizer = torch.optim.AdamW(fast.parameters(), lr=0.05)
+    for _ in range(3):
+        fast(IDS).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.load_state_dict(fast.state_dict())  # whose mean is taken out again
+    assert (fast(IDS) - model(IDS)).abs().max() > 1e-4
+    assert fast.layers[0].mix.weight_centred.mean(0).abs().max() > 1e-6
+
+
+def test_a_parameter_that_something_else_reads_is_not_folded():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Linear(4, C), Norm()
+
+        def forward(self, x):
+            return self.norm(self.a(x)) * F.linear(x, self.a.weight).sigmoid()
+
+    model = Twice().double()
+    x = X.double()
+    fast, record = converted(model, x, options=FOLD)
+    assert len(record.applied) == 1
+    assert set(dict(fast.named_parameters())) == {
+        "a.weight",
+        "a.bias_centred",
+        "a.bias_mean",
+        "norm.weight",
+        "norm.bias",
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), atol=1e-12, rtol=1e-12)
+
+
+def test_conv1d_layers_of_gpt2_are_folded_as_they_are_stored():
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias, self.norm = (
+                nn.Parameter(torch.randn(4, C)),
+                nn.Parameter(torch.randn(C)),
+                Norm(),
+            )
+
+        def forward(self, x):
+            return self.norm(torch.addmm(self.bias, x.view(-1, 4), self.weight))
+
+    model, x = Conv1D().double(), X.double()
+    fast, record = converted(model, x, options=FOLD)
+    assert len(record.applied) == 1
+    assert fast.weight_mean.shape == (4, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), atol=1e-12, rtol=1e-12)
+
+
 class Vision(nn.Module):
     """Patches by a convolution, a class token, a position table, scaled branches, stochastic depth."""
 
