@@ -131,8 +131,8 @@ class LayerNormToRMSNorm(Pass):
         folded = [r for r in program.replacements if r.by == self.name]
         if folded and program.grad:
             program.notes.append(
-                f"{self.name} has folded the centring into {len(folded)} parameters: after a step of training "
-                "they need not be centred, and the model is not the original with LayerNorms any more"
+                f"{self.name} has folded the centring into {len(folded)} parameters: after a step of "
+                "training they need not be centred, and the model is not the original with LayerNorms any more"
             )
 
 
