@@ -132,7 +132,7 @@ class LayerNormToRMSNorm(Pass):
         if folded and program.grad:
             program.notes.append(
                 f"{self.name} has folded the centring into {len(folded)} parameters: after a step of "
-                "training they need not be centred, and the model is not the original with LayerNorms any more"
+                "training they need not be centred, and the model is not the original any more"
             )
 
 
