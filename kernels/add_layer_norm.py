@@ -56,8 +56,6 @@ op = _operator.define(
 _norm.register(
     op,
     lambda x, r, w, b, eps: _norm.Norm.apply(x, r, w, b, eps, 0.0, False, True),
-    centred=True,
-    add=True,
 )
 
 

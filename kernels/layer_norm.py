@@ -53,8 +53,6 @@ op = _operator.define(
 _norm.register(
     op,
     lambda x, w, b, eps: _norm.Norm.apply(x, None, w, b, eps, 0.0, False, True),
-    centred=True,
-    add=False,
 )
 
 

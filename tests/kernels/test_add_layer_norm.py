@@ -27,12 +27,12 @@ def results(f, args, dy, dh):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_kernel(shape, dtype, near, layer_terms):
+def test_cpu_kernel(shape, dtype, near, gradient_terms):
     args = tensors(*shape, dtype=dtype)
     dy, dh = torch.randn(shape), torch.randn(shape)
     rounded = [(args[0] + args[1]).double(), torch.zeros(shape).double()]  # h is x + r, rounded
     rounded += [t.double() for t in args[2:]]
-    dx, dw = layer_terms(rounded[0], args[2], dy)
+    dx, dw = gradient_terms(rounded[0], args[2], dy, True)
     terms = [None, None, dx + dh.abs(), dx + dh.abs(), dw, None]
     for got, eager, exact, term in zip(
         results(kernel.op, args, dy, dh),

@@ -84,7 +84,7 @@ def rows_forward(target, dtype, columns, centred):
     constants = {"CENTRED": centred, "ROUND_FIRST": not centred}
     constants |= {"ROWS": config.rows, "BLOCK": config.block}
     if not centred:
-        constants |= {"b_ptr": None, "mean_ptr": None}
+        constants |= {"mean_ptr": None}
     check(kernel, target, dtype, constants, config)
 
 
@@ -93,7 +93,7 @@ def rows_backward(target, dtype, columns, centred):
     kernel = _rows.wide_backward_kernel if config.wide else _rows.backward_kernel
     constants = {"ROWS": config.rows, "BLOCK": config.block}
     if not centred:
-        constants |= {"db_ptr": None, "mean_ptr": None}
+        constants |= {"mean_ptr": None}
     check(kernel, target, dtype, constants, config)
 
 

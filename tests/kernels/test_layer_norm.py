@@ -26,9 +26,9 @@ def results(f, args, dy):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_kernel(shape, dtype, near, layer_terms):
+def test_cpu_kernel(shape, dtype, near, gradient_terms):
     args, dy = tensors(*shape, dtype=dtype), torch.randn(shape)
-    terms = [None, *layer_terms(*args[:2], dy), None]
+    terms = [None, *gradient_terms(*args[:2], dy, True), None]
     for got, eager, exact, term in zip(
         results(kernel.op, args, dy),
         results(kernel.reference, args, dy),

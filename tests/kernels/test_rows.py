@@ -5,10 +5,12 @@ import torch
 
 from fxaccel.kernels import _rows, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-NORMS = {
+NORMS = {  # the module; whether there is a residual; whether there is a bias
     "rms_norm": (rms_norm, False, False),
+    "rms_norm with bias": (rms_norm, False, True),
     "layer_norm": (layer_norm, False, True),
     "add_rms_norm": (add_rms_norm, True, False),
+    "add_rms_norm with bias": (add_rms_norm, True, True),
     "add_layer_norm": (add_layer_norm, True, True),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -48,7 +50,10 @@ def launched(name, args, dy, dh):
 def referred(name, args, dy, dh):
     """The same list from `reference` and autograd."""
     args = [a.detach().clone().requires_grad_() for a in args]
-    out = NORMS[name][0].reference(*args, EPS)
+    x, r, w, b = split(name, args)
+    given = [t for t in (x, r, w) if t is not None]
+    given += [b, EPS] if "layer" in name else [EPS, 0.0, False, b]
+    out = NORMS[name][0].reference(*given)
     outs, seeds = (out, (dy, dh)) if isinstance(out, tuple) else ((out,), (dy,))
     grads = torch.autograd.grad(outs, args, [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)])
     return [*outs, *grads]
@@ -123,21 +128,21 @@ def test_a_row_offset_from_fp32_sums(name, device, near):
     compare(name, args, near)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("name", [name for name in NORMS if "rms" in name])
 @pytest.mark.parametrize(("offset", "round_first"), [(1.0, False), (0.0, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_spellings(name, offset, round_first, dtype, device, near):
     module, add, _ = NORMS[name]
-    args = tensors(name, (5, 123), dtype, device)
-    got = module.launch(*args, EPS, offset, round_first)
-    eager = module.reference(*args, EPS, offset, round_first)
-    if add:
-        args = [(args[0] + args[1]), torch.zeros_like(args[1]), args[2]]
-    exact = module.reference(*(a.double() for a in args), EPS, offset)
+    x, r, w, b = split(name, tensors(name, (5, 123), dtype, device))
+    args = (x, r, w) if add else (x, w)
+    got = module.launch(*args, EPS, offset, round_first, b)
+    eager = module.reference(*args, EPS, offset, round_first, b)
+    wide = [t.double() for t in ((x + r, torch.zeros_like(r), w) if add else (x, w))]
+    exact = module.reference(*wide, EPS, offset, False, None if b is None else b.double())
     for g, e, x in zip(*((o if add else (o,)) for o in (got, eager, exact)), strict=True):
         near(g, e, x)
     if round_first:  # not only as near as eager: rounded in the same place
-        once = module.launch(*args, EPS, offset, False)
+        once = module.launch(*args, EPS, offset, False, b)
         assert dtype == torch.float32 or not torch.equal(*((o[0] if add else o) for o in (got, once)))
 
 
