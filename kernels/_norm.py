@@ -41,12 +41,14 @@ def unsupported(x: Tensor, r: Tensor | None = None, **vectors: Tensor | None) ->
     for name, w in vectors.items():
         if w is None:
             continue
-        if w.dtype != x.dtype:
+        if w.dtype not in (x.dtype, statistics(x.dtype)):
             yield f"dtypes differ: x is {x.dtype}, {name} {w.dtype}"
         if w.ndim != 1:
             yield f"{name} has {w.ndim} dimensions; the kernel takes one"
         elif operator.differ(w.shape[0], x.shape[-1]):
             yield f"{name} has {w.shape[0]} elements, and x {x.shape[-1]} in its last dimension"
+    if len({w.dtype for w in vectors.values() if w is not None}) > 1:
+        yield "dtypes differ: " + ", ".join(f"{n} is {w.dtype}" for n, w in vectors.items() if w is not None)
 
 
 @lru_cache

@@ -157,7 +157,7 @@ DECLINED = [
             dtype=torch.float16,
         ),
         (X.bfloat16(),),
-        "the result is cast to torch.float16, the input is torch.bfloat16",
+        "the result is torch.float16, the input is torch.bfloat16",
     ),
     (
         Call(lambda s, x, r: F.rms_norm(x + 1.5, [8], s.w, 1e-5)),
