@@ -119,13 +119,17 @@ def compose_rms_backward(
 def compose_layer_backward(
     dy: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, rstd: Tensor, ask: list[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, dw and db; the last two in the dtype of the statistics."""
-    kind = rstd.dtype
-    if w is None:
-        w = rstd.new_ones(x.shape[-1:])
+    """dx, dw and db; the last two in the dtype of the statistics.
+
+    PyTorch sums dw and db in the dtype of x: over 2,048 rows of bfloat16 it is off by 6 %.
+    """
+    kind, low = rstd.dtype, x.dtype
+    w = rstd.new_ones(x.shape[-1:]) if w is None else w.to(kind)
+    if any(ask):
+        dy, x = dy.to(kind), x.to(kind)
     dy, x = dy.contiguous(), x.contiguous()
-    w = w.to(kind)
-    return aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, w, w, [True, *ask])
+    dx, dw, db = aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, w, w, [True, *ask])
+    return dx.to(low), dw, db
 
 
 def _save_cpu(

@@ -1,6 +1,7 @@
 """y = layer_norm(x, w, b, eps) = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * w + b.
 
-Shapes     x: [..., C]; w, b: [C] or None each. Returns y: contiguous, like x.
+Shapes     x: [..., C]; w, b: [C] or None each, of one dtype, x's or that of the statistics. Returns y:
+           contiguous, like x.
 Numerics   fp32 (fp64 for fp64), one rounding at the end.
 Cost       2 * x.nbytes of traffic forward, 3 * x.nbytes backward; 7 and 13 flop an element: memory-bound.
 Limits     none on C. float64 on a GPU runs a composition. No second derivative: asking for it raises.
@@ -57,5 +58,7 @@ _norm.register(
 
 
 def direct(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    """The op on a CPU tensor, called past the dispatcher: torch's own operator is one fused kernel there."""
+    """The op on a CPU tensor: torch's own, unless that would sum gradients of weights in a low precision."""
+    if x.dtype not in _norm.WIDE and torch.is_grad_enabled() and torch._C._any_requires_grad(w, b):
+        return op(x, w, b, eps)
     return torch.layer_norm(x, x.shape[-1:], w, b, eps)

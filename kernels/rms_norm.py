@@ -2,8 +2,8 @@
 
 with rms(x) = sqrt(mean(x**2) + eps).
 
-Shapes     x: [..., C]; w: [C] or None, which is no factor at all; b: [C] or None. Returns y: contiguous,
-           like x.
+Shapes     x: [..., C]; w: [C] or None, which is no factor at all; b: [C] or None; both of one dtype, x's or
+           that of the statistics. Returns y: contiguous, like x.
 Numerics   fp32 (fp64 for fp64), one rounding at the end, after b. With `round_first` the normalised x is
            rounded to x.dtype before the weight (Llama, T5), without it after (Gemma, which has offset 1).
            The gradient of w uses the unrounded value either way.

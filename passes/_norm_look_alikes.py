@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from fxaccel.ir import Program, arguments, is_call, target_name
+from fxaccel.ir import Program, arguments, expr, is_call, target_name
 from fxaccel.rule import Miss
 
 aten = torch.ops.aten
@@ -66,6 +66,10 @@ def _statistics(mean: fx.Node) -> Iterator[str]:
         yield f"the variance divides by n - {1 if a['correction'] is None else a['correction']}, not by n"
     if a["dim"] != [rank - 1]:
         yield f"the mean is over {a['dim']} of {rank} dimensions, not over the last"
+    elif not expr(a["self"].meta["val"].shape[-1]).is_Integer:
+        yield "the last dimension has no fixed size"
+    elif not a["keepdim"]:
+        yield "the mean drops the dimension that it is over"
     if mean.target is not aten.var.correction and _squared(mean) is None:
         yield f"the mean is of {target_name(a['self'].target)}, not of squares"
 

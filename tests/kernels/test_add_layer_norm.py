@@ -152,6 +152,10 @@ X, W = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
         ((X, X[:1], None), "does not broadcast"),
         ((X, X[0], None), "does not broadcast"),
         ((X, X, W[:4]), "w has 4 elements, and x 8"),
+        (
+            (X.bfloat16(), X.bfloat16(), W.bfloat16(), W),
+            "dtypes differ: w is torch.bfloat16, b is torch.float32",
+        ),
     ],
 )
 def test_unsupported(args, why):
@@ -160,3 +164,4 @@ def test_unsupported(args, why):
 
 def test_supported():
     assert list(kernel.unsupported(X, X, W, W)) == []
+    assert list(kernel.unsupported(X.bfloat16(), X.bfloat16(), W, W)) == []  # weights in fp32

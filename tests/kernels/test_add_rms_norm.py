@@ -178,6 +178,10 @@ X, W = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
         ((X, X[0], None), "does not broadcast"),
         ((X, X, W[:4]), "w has 4 elements, and x 8"),
         ((X, X, W, EPS, 0.0, False, W[:4]), "b has 4 elements, and x 8"),
+        (
+            (X.bfloat16(), X.bfloat16(), W.bfloat16(), EPS, 0.0, False, W),
+            "dtypes differ: w is torch.bfloat16, b is torch.float32",
+        ),
     ],
 )
 def test_unsupported(args, why):
@@ -186,3 +190,4 @@ def test_unsupported(args, why):
 
 def test_supported():
     assert list(kernel.unsupported(X, X, W, EPS, 1.0, True, W)) == []
+    assert list(kernel.unsupported(X.bfloat16(), X.bfloat16(), W, EPS, 1.0, True, W)) == []  # weights in fp32

@@ -215,6 +215,10 @@ X, W = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
         ((X, W[:4]), "w has 4 elements, and x 8"),
         ((X, W, EPS, 0.0, False, W.half()), "dtypes differ: x is torch.float32, b torch.float16"),
         ((X, W, EPS, 0.0, False, W[:4]), "b has 4 elements, and x 8"),
+        (
+            (X.bfloat16(), W.bfloat16(), EPS, 0.0, False, W),
+            "dtypes differ: w is torch.bfloat16, b is torch.float32",
+        ),
     ],
 )
 def test_unsupported(args, why):
@@ -224,3 +228,4 @@ def test_unsupported(args, why):
 def test_supported():
     assert list(kernel.unsupported(X, W)) == []
     assert list(kernel.unsupported(X, None, EPS, 1.0, True, W)) == []
+    assert list(kernel.unsupported(X.bfloat16(), W, EPS, 1.0, True, W)) == []  # weights in fp32

@@ -160,6 +160,11 @@ DECLINED = [
         "the result is torch.float16, the input is torch.bfloat16",
     ),
     (
+        Call(lambda s, x, r: s.w * F.rms_norm(x.double(), [8], None, 1e-5).to(x.dtype)),
+        (X,),
+        "the statistics are torch.float64, those of the kernel torch.float32",
+    ),
+    (
         Call(lambda s, x, r: F.rms_norm(x + 1.5, [8], s.w, 1e-5)),
         (X,),
         "the addend is a number, not a residual tensor",
