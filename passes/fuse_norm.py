@@ -50,8 +50,7 @@ class Norm(Rule):
 
 def _adds_no_vector(m: Match) -> bool:
     """Whether what is added to the norm is no bias but, say, the residual."""
-    b = None if m.b is None else m.val("b")
-    return b is not None and getattr(b, "ndim", 0) != 1
+    return m.chose("biased") and getattr(m.val("b"), "ndim", 0) != 1
 
 
 def _wide(op: Ops, v: Any, wide: Any) -> Any:

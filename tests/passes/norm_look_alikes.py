@@ -63,6 +63,11 @@ def called_over_two_dimensions(m, x, r):
     return F.layer_norm(x, (S, E), eps=EPS)
 
 
+@look_alike(f"it normalises over [{S}, {E}]; the kernel takes the last dimension, {E}")
+def called_with_weights_over_two_dimensions(m, x, r):
+    return F.layer_norm(x, (S, E), m.seq, m.seq, EPS)
+
+
 @look_alike("what is subtracted is not the mean that the variance is about")
 def mean_over_another_dimension(m, x, r):
     return (x - x.mean(1, keepdim=True)) * torch.rsqrt(moments(x)[1] + EPS) * m.w + m.b
