@@ -184,7 +184,8 @@ def square_of_root(e: Editor, node: fx.Node) -> fx.Node | None:
         return e.call(node, aten.var.correction, x, dims, val=node.meta["val"], **kwargs)
     if not e.at(root, aten.linalg_vector_norm.default) or dtype(node) is torch.float16:
         return None
-    x, order, dims, keep, kind = [*root.args, *_NORM[len(root.args) :]]
+    given: list[Any] = [*root.args, *_NORM[len(root.args) :]]
+    x, order, dims, keep, kind = given
     if order != 2 or kind is not None or root.kwargs or dims is None:
         return None
     square = e.call(node, aten.pow.Tensor_Scalar, x, 2, val=e.like(x))
