@@ -20,6 +20,7 @@ from fxaccel.kernels import _rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 WIDE = (torch.float32, torch.float64)  # computed in as they are
+SMALL = 2**16  # elements up to which PyTorch's operators train faster than one of ours costs to call
 
 aten = torch.ops.aten
 
@@ -80,6 +81,22 @@ def compose_rms(
     if b is not None:
         y.add_(b)
     return y if f.dtype == x.dtype else y.to(x.dtype), rstd
+
+
+def trainable_rms(
+    x: Tensor, w: Tensor | None, eps: float, offset: float, round_first: bool, b: Tensor | None
+) -> Tensor:
+    """y by PyTorch's operators, with their derivatives: no work in Python on the way back."""
+    f = x if x.dtype in WIDE else x.float()
+    whole = f is x and w is not None
+    y = torch.rms_norm(f, f.shape[-1:], w + offset if whole and offset else w if whole else None, eps)
+    if round_first and f is not x:
+        y = y.to(x.dtype).to(f.dtype)
+    if w is not None and not whole:
+        y = y * (w.to(f.dtype) + offset if offset else w)
+    if b is not None:
+        y = y + b
+    return y if f is x else y.to(x.dtype)
 
 
 def compose_layer(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

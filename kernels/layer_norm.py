@@ -58,7 +58,8 @@ _norm.register(
 
 
 def direct(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    """The op on a CPU tensor: torch's own, unless that would sum gradients of weights in a low precision."""
+    """The op on a CPU tensor, by torch's: in fp32 where it would sum the gradient of a weight in less."""
     if x.dtype not in _norm.WIDE and torch.is_grad_enabled() and torch._C._any_requires_grad(w, b):
-        return op(x, w, b, eps)
+        w, b = (None if t is None else t.float() for t in (w, b))
+        return torch.layer_norm(x.float(), x.shape[-1:], w, b, eps).to(x.dtype)
     return torch.layer_norm(x, x.shape[-1:], w, b, eps)

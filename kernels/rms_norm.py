@@ -109,7 +109,8 @@ def direct(
     round_first: bool = False,
     b: Tensor | None = None,
 ) -> Tensor:
-    """The op on a CPU tensor, past the dispatcher where no gradient is wanted."""
+    """The op on a CPU tensor, past the dispatcher where no gradient is wanted or its call would cost most."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, w, b):
-        return op(x, w, eps, offset, round_first, b)
+        make = _norm.trainable_rms if x.numel() <= _norm.SMALL else op
+        return make(x, w, eps, offset, round_first, b)
     return compose(x, w, eps, offset, round_first, b)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxaccel.kernels import _norm
 from fxaccel.kernels import rms_norm as kernel
 
 EPS = 1e-5
@@ -102,11 +103,30 @@ def test_the_bias_is_added_before_the_one_rounding():
             assert torch.equal(y, torch.full_like(x, offset)), f
 
 
+@pytest.mark.parametrize(
+    "rest", [(0.0, False), (1.0, False), (0.0, True)], ids=["plain", "offset", "rounded"]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("small", [True, False])
+def test_direct(small, dtype, rest, near, gradient_terms, monkeypatch):
+    monkeypatch.setattr(_norm, "SMALL", 3 * 123 if small else 3 * 123 - 1)
+    args = tensors(3, 123, dtype=dtype)
+    args += [torch.randn(123).to(dtype)]
+    dy = torch.randn(3, 123)
+    terms = [None, *gradient_terms(args[0], args[1] + rest[0], dy, False), None]
+    got = results(kernel.direct, args, dy, *rest)
+    assert small == (kernel.direct(*args[:2], EPS).grad_fn.name() != "NormBackward")
+    eager = results(kernel.reference, args, dy, *rest)
+    exact = results(kernel.reference, [t.double() for t in args], dy.double(), *rest)
+    for g, e, x, term in zip(got, eager, exact, terms, strict=True):
+        near(g, e, x, term)
+
+
 def test_a_bias_alone_has_a_gradient():
     x, w = (t.detach() for t in tensors(5, 123))
     b = torch.randn(123, requires_grad=True)
     y = kernel.direct(x, w, EPS, b=b)
-    assert torch.equal(y, kernel.op(x, w, EPS, b=b))
+    torch.testing.assert_close(y, kernel.op(x, w, EPS, b=b))
     dy = torch.randn(5, 123)
     torch.testing.assert_close(torch.autograd.grad(y, b, dy)[0], dy.sum(0))
 
