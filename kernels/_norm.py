@@ -88,12 +88,12 @@ def trainable_rms(
 ) -> Tensor:
     """y by PyTorch's operators, with their derivatives: no work in Python on the way back."""
     f = x if x.dtype in WIDE else x.float()
-    whole = f is x and w is not None
-    y = torch.rms_norm(f, f.shape[-1:], w + offset if whole and offset else w if whole else None, eps)
+    scale = None if w is None else w.to(f.dtype) + offset if offset else w.to(f.dtype)
     if round_first and f is not x:
-        y = y.to(x.dtype).to(f.dtype)
-    if w is not None and not whole:
-        y = y * (w.to(f.dtype) + offset if offset else w)
+        y = torch.rms_norm(f, f.shape[-1:], None, eps).to(x.dtype).to(f.dtype)
+        y = y if scale is None else y * scale
+    else:
+        y = torch.rms_norm(f, f.shape[-1:], scale, eps)
     if b is not None:
         y = y + b
     return y if f is x else y.to(x.dtype)
