@@ -92,7 +92,7 @@ def measured(shape: tuple[int, int], dtype: torch.dtype, make: Callable[..., Cal
         for name, f in (theirs | {"fxaccel": ours}).items():
             calls[case, name] = make(f, args)
     n = shape[0] * shape[1]
-    taken = interleaved(calls, rounds=ROUNDS, repeat=max(1, min(200, 400_000 // n)))  # type: ignore[arg-type]
+    taken = interleaved(calls, rounds=ROUNDS, repeat=max(3, min(200, 400_000 // n)))  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for case, (theirs, *_) in CASES.items():
         seconds = {name: taken[case, name]["min"] for name in (*theirs, "fxaccel")}  # type: ignore[index]
@@ -103,7 +103,7 @@ def measured(shape: tuple[int, int], dtype: torch.dtype, make: Callable[..., Cal
 
 
 def keep_memory() -> None:
-    """Have freed memory stay with the process: fresh pages cost as much as a norm, and fall to any candidate."""
+    """Have freed memory stay with the process: fresh pages cost as much as a norm, whoever asks for them."""
     libc = ctypes.CDLL(None)
     for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         libc.mallopt(option, 2**31 - 1)

@@ -20,7 +20,6 @@ from fxaccel.kernels import _rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 WIDE = (torch.float32, torch.float64)  # computed in as they are
-SMALL = 2**16  # elements up to which PyTorch's operators train faster than one of ours costs to call
 
 aten = torch.ops.aten
 
@@ -81,25 +80,6 @@ def compose_rms(
     if b is not None:
         y.add_(b)
     return y if f.dtype == x.dtype else y.to(x.dtype), rstd
-
-
-def trainable_rms(
-    x: Tensor, w: Tensor | None, eps: float, offset: float, round_first: bool, b: Tensor | None
-) -> Tensor:
-    """y by PyTorch's operators, with their derivatives: no work in Python on the way back."""
-    rounds = round_first and x.dtype not in WIDE
-    if not rounds and not offset and b is None and (w is None or w.dtype == x.dtype):
-        return torch.rms_norm(x, x.shape[-1:], w, eps)
-    f = x if x.dtype in WIDE else x.float()
-    scale = None if w is None else w.to(f.dtype) + offset if offset else w.to(f.dtype)
-    if rounds:
-        y = torch.rms_norm(f, f.shape[-1:], None, eps).to(x.dtype).to(f.dtype)
-        y = y if scale is None else y * scale
-    else:
-        y = torch.rms_norm(f, f.shape[-1:], scale, eps)
-    if b is not None:
-        y = y + b
-    return y if f is x else y.to(x.dtype)
 
 
 def compose_layer(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
