@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxaccel.kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-EPS, ROUNDS = 1e-6, 25
+EPS, ROUNDS = 1e-6, 11
 SHAPES = ((1, 512), (16, 512), (128, 512), (512, 1024), (2048, 1024), (4096, 2048))
 Norm = Callable[..., Any]
 
@@ -85,21 +85,26 @@ def training(f: Norm, args: list[Tensor]) -> Callable[[], Any]:
 def measured(shape: tuple[int, int], dtype: torch.dtype, make: Callable[..., Callable[[], Any]]) -> Any:
     """Seconds of every candidate of every case, interleaved, and our ratios to the fastest of torch's."""
     torch.manual_seed(0)
-    calls = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for case, (theirs, ours, tensors, weights) in CASES.items():
         args = [torch.randn(shape).to(dtype) for _ in range(tensors)]
         args += [torch.randn(shape[-1]).to(dtype) for _ in range(weights)]
         for name, f in (theirs | {"fxaccel": ours}).items():
-            calls[case, name] = make(f, args)
+            calls[f"{case}: {name}"] = make(f, args)
     n = shape[0] * shape[1]
-    taken = interleaved(calls, rounds=ROUNDS, repeat=max(3, min(200, 400_000 // n)))  # type: ignore[arg-type]
+    taken: dict[str, float] = dict.fromkeys(calls, float("inf"))
+    for order in (list(calls), list(calls)[::-1]):  # a candidate finds in the cache what the one before left
+        times = interleaved(
+            {k: calls[k] for k in order}, rounds=ROUNDS, repeat=max(3, min(200, 4_000_000 // n))
+        )
+        taken = {k: min(t, times[k]["min"]) for k, t in taken.items()}
     found: dict[str, Any] = {}
     for case, (theirs, *_) in CASES.items():
-        seconds = {name: taken[case, name]["min"] for name in (*theirs, "fxaccel")}  # type: ignore[index]
+        seconds = {name: taken[f"{case}: {name}"] for name in (*theirs, "fxaccel")}
         best = min(theirs, key=seconds.__getitem__)
         found[case] = {"seconds": seconds, "ratio": seconds[best] / seconds["fxaccel"], "to": best}
-    times = [found[case]["seconds"]["fxaccel"] for case in ("layer_norm", "rms_norm")]
-    return found | {"rms to layer": times[0] / times[1]}
+    layer, rms = (found[case]["seconds"]["fxaccel"] for case in ("layer_norm", "rms_norm"))
+    return found | {"rms to layer": layer / rms}
 
 
 def keep_memory() -> None:
