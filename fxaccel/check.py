@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fxaccel import evaluate
 from fxaccel.capture import Call
 from fxaccel.effects import is_random
-from fxaccel.ir import Program
+from fxaccel.ir import Program, tensors
 from fxaccel.structure import Structure, deliver, flatten, objects
 from fxaccel.tolerance import DRAWS, distance, share_of_tolerance
 from fxaccel.tree import belongings, clone_tree, random_kept, without_root_hooks
@@ -101,12 +101,13 @@ def compare_runs(
     found = None if raw is None else _in_float64(raw, original, example, state)
     if found is None or raw is None:
         return _by_eps(old, new, lambda: _observe(_isolated(original), eager, example, state))
-    verdict = _verdict(old, new, found, "float64")
+    eps = _coarsest(raw)
+    verdict = _verdict(old, new, found, "float64", eps=eps)
     if verdict.ok or verdict.share in (0.0, math.inf):
         return verdict
     # Beyond the original's own error: allow what one eps in every operator explains.
     draws = [_unsteady(raw, original, example, state, seed) for seed in range(1, DRAWS + 1)]
-    return _verdict(old, new, found, "float64", draws)
+    return _verdict(old, new, found, "float64", draws, eps)
 
 
 def _by_eps(old: _Seen, new: _Seen, again: Callable[[], _Seen]) -> Verdict:
@@ -139,13 +140,18 @@ def _unsteady(raw: Program, original: nn.Module, example: Call, state: Tensor, s
 
 
 def _verdict(
-    old: _Seen, new: _Seen, reference: dict[str, Any], yardstick: str, draws: Sequence[_Draw] = ()
+    old: _Seen,
+    new: _Seen,
+    reference: dict[str, Any],
+    yardstick: str,
+    draws: Sequence[_Draw] = (),
+    eps: float = 0.0,
 ) -> Verdict:
     worst = 0.0
     for name, value in old.values.items():
         if name not in new.values:
             continue  # a parameter that a pass replaced has no gradient of its own
-        share, why = _difference(value, new.values[name], reference.get(name), yardstick, name, draws)
+        share, why = _difference(value, new.values[name], reference.get(name), yardstick, name, draws, eps)
         if why or share > 1:
             return Verdict(False, share, f"{name} {why or f'is {share:.3g} times the tolerance away'}")
         worst = max(worst, share)
@@ -251,7 +257,7 @@ def _in_float64(raw: Program, original: nn.Module, example: Call, state: Tensor)
 
 
 def _difference(
-    old: Any, new: Any, reference: Any, yardstick: str, name: str, draws: Sequence[_Draw]
+    old: Any, new: Any, reference: Any, yardstick: str, name: str, draws: Sequence[_Draw], eps: float
 ) -> tuple[float, str]:
     """Distance as a share of the tolerance, or a sentence where the two cannot be compared."""
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
@@ -269,15 +275,23 @@ def _difference(
         return min(shares), ""
     if reference is None:
         return math.inf, "differs, and nothing says by how much it may"
-    share, why = share_of_tolerance(reference, old, new, moved), _doubt(old, reference, moved, draws)
+    share, why = share_of_tolerance(reference, old, new, moved), _doubt(old, reference, moved, draws, eps)
     return (math.inf if draws else 2.0, why) if why else (share, "")
 
 
-def _doubt(old: Tensor, reference: Tensor, moved: Sequence[Tensor], draws: Sequence[_Draw]) -> str:
+def _coarsest(program: Program) -> float:
+    """eps of the least precise dtype that the graph computes in, which its other values inherit."""
+    made = (t for n in program.graph.nodes for t in tensors(n.meta.get("val")))
+    return max((torch.finfo(t.dtype).eps for t in made if t.dtype.is_floating_point), default=0.0)
+
+
+def _doubt(
+    old: Tensor, reference: Tensor, moved: Sequence[Tensor], draws: Sequence[_Draw], eps: float
+) -> str:
     """Why the graph is no yardstick: the model is further away from it than rounding can explain."""
     if not reference.numel():
         return ""
-    eps, away = torch.finfo(old.dtype).eps, distance(reference, old)
+    eps, away = max(eps, torch.finfo(old.dtype).eps), distance(reference, old)
     if away <= math.sqrt(eps) * float(torch.nan_to_num(reference.detach()).abs().max()):
         return ""
     rounding = eps / evaluate.UNSTEADY * max((distance(reference, m) for m in moved), default=0.0)

@@ -41,12 +41,14 @@ def unsupported(x: Tensor, r: Tensor | None = None, **vectors: Tensor | None) ->
     for name, w in vectors.items():
         if w is None:
             continue
-        if w.dtype != x.dtype:
+        if w.dtype not in (x.dtype, statistics(x.dtype)):
             yield f"dtypes differ: x is {x.dtype}, {name} {w.dtype}"
         if w.ndim != 1:
             yield f"{name} has {w.ndim} dimensions; the kernel takes one"
         elif operator.differ(w.shape[0], x.shape[-1]):
             yield f"{name} has {w.shape[0]} elements, and x {x.shape[-1]} in its last dimension"
+    if len({w.dtype for w in vectors.values() if w is not None}) > 1:
+        yield "dtypes differ: " + ", ".join(f"{n} is {w.dtype}" for n, w in vectors.items() if w is not None)
 
 
 @lru_cache
@@ -55,7 +57,12 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def compose_rms(
-    x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0, round_first: bool = False
+    x: Tensor,
+    w: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    round_first: bool = False,
+    b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y, and rstd as [..., 1]."""
     f = x if x.dtype in WIDE else x.float()  # x.to, even to its own dtype, costs as much as an operator
@@ -70,6 +77,8 @@ def compose_rms(
         y = y.to(x.dtype).to(f.dtype)
     if w is not None:
         y.mul_(w.to(f.dtype) + offset if offset else w)
+    if b is not None:
+        y.add_(b)
     return y if f.dtype == x.dtype else y.to(x.dtype), rstd
 
 
@@ -83,41 +92,44 @@ def compose_layer(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> 
 
 
 def compose_rms_backward(
-    dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, weight_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dx and dw through the gradients of two relatives that PyTorch has as single CPU kernels.
+    dy: Tensor, x: Tensor, w: Tensor | None, rstd: Tensor, offset: float, ask: list[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, dw and db through the gradients of two relatives that PyTorch has as single CPU kernels.
 
     Weight norm, v * g / |v|, subtracts no mean and, told that |v| is sqrt(C) / rstd and that g is sqrt(C),
-    differentiates to dx. Layer norm, told that the mean is 0, differentiates to dw.
+    differentiates to dx. Layer norm, told that the mean is 0, differentiates to dw and db.
     """
     c, kind = x.shape[-1], rstd.dtype
     if not x.numel():
-        dw = rstd.new_zeros(c) if weight_grad else None
-        return torch.empty_like(x, memory_format=torch.contiguous_format), dw
+        dw, db = (rstd.new_zeros(c) if asked else None for asked in ask)
+        return torch.empty_like(x, memory_format=torch.contiguous_format), dw, db
     z, u = (t.to(kind).reshape(-1, c).contiguous() for t in (x, dy))
-    rstd, dw = rstd.reshape(-1, 1), None
-    if weight_grad:
+    rstd, dw, db = rstd.reshape(-1, 1), None, None
+    if any(ask):
         one = torch.ones(c, dtype=kind, device=x.device)
         mean = torch.zeros_like(rstd)
-        ask = [False, True, False]
-        dw = aten.native_layer_norm_backward(u, z, [c], mean, rstd, one, None, ask)[1]
+        _, dw, db = aten.native_layer_norm_backward(u, z, [c], mean, rstd, one, one, [False, *ask])
     if w is not None:
         u = u * (w.to(kind) + offset if offset else w.to(kind))
     root = torch.full_like(rstd, c**0.5)
     dx = aten._weight_norm_interface_backward(u, z, root, root / rstd, 0)[0]
-    return dx.view(x.shape).to(x.dtype), dw
+    return dx.view(x.shape).to(x.dtype), dw, db
 
 
 def compose_layer_backward(
     dy: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, rstd: Tensor, ask: list[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, dw and db; the last two in the dtype of the statistics."""
-    kind = rstd.dtype
-    if w is None:
-        w = rstd.new_ones(x.shape[-1:])
+    """dx, dw and db; the last two in the dtype of the statistics.
+
+    PyTorch sums dw and db in the dtype of x: over 2,048 rows of bfloat16 it is off by 6 %.
+    """
+    kind, low = rstd.dtype, x.dtype
+    w = rstd.new_ones(x.shape[-1:]) if w is None else w.to(kind)
+    if any(ask):
+        dy, x = dy.to(kind), x.to(kind)
     dy, x = dy.contiguous(), x.contiguous()
-    w = w.to(kind)
-    return aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, w, w, [True, *ask])
+    dx, dw, db = aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, w, w, [True, *ask])
+    return dx.to(low), dw, db
 
 
 def _save_cpu(
@@ -134,7 +146,7 @@ def _save_cpu(
     if centred:
         y, mean, rstd = compose_layer(h, w, b, eps)
     else:
-        y, rstd = compose_rms(h, w, eps, offset, round_first)
+        y, rstd = compose_rms(h, w, eps, offset, round_first, b)
         mean = rstd.new_empty(0)
     return y, x.new_empty(0) if r is None else h, mean, rstd
 
@@ -186,11 +198,11 @@ def _backward_cpu(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Any, ...]:
-    db = None
+    ask = [weight_grad, bias_grad]
     if mean is None:
-        dx, dw = compose_rms_backward(dy, h, w, rstd, offset, weight_grad)
+        dx, dw, db = compose_rms_backward(dy, h, w, rstd, offset, ask)
     else:
-        dx, dw, db = compose_layer_backward(dy, h, w, mean, rstd, [weight_grad, bias_grad])
+        dx, dw, db = compose_layer_backward(dy, h, w, mean, rstd, ask)
     if dh is not None:
         dx.add_(dh)
     return dx, *(rstd.new_empty(0) if t is None else t for t in (dw, db))
@@ -284,27 +296,40 @@ class Norm(torch.autograd.Function):
         )
 
 
-def _flops(centred: bool, elements: int) -> int:
-    """Square, sum, rstd, weight; and mean, subtraction, bias. PyTorch's own formulas count no norm."""
-    return (7 if centred else 4) * elements
-
-
-def register(op: operator.Op, derivative: Callable[..., Any], *, centred: bool, add: bool) -> None:
+def register(op: operator.Op, derivative: Callable[..., Any]) -> None:
     """Give a norm its derivative, its autocast rule and its FLOP formula."""
     operator.differentiate(op, derivative)
     operator.autocast(op, "cuda", lambda: torch.float32)  # as PyTorch's; on the CPU it has no rule
-    operator.count_flops(op, lambda x, *args, **kwargs: _flops(centred, prod(x)) + add * prod(x))
+    _count_flops(op)
 
 
-operator.count_flops(
-    save_op,
-    lambda x, r, w, b, eps, offset, round_first, centred, **kwargs: (
-        _flops(centred, prod(x)) + (r is not None) * prod(x)
-    ),
-)
-operator.count_flops(
-    backward_op,
-    lambda dy, dh, h, w, mean, *args, **kwargs: (
-        (9 if mean is None else 13) * prod(dy) + (dh is not None) * prod(dy)
-    ),
-)
+def _count_flops(op: operator.Op) -> None:
+    """Square, sum, rstd, weight; centred: mean, subtraction, bias. PyTorch's own formulas count no norm."""
+    names = [a.name for a in op._schema.arguments]
+    layer = "layer" in op._opname
+
+    def formula(*args: Any, **kwargs: Any) -> int:
+        given = dict(zip(names, args, strict=False))
+        each = 7 if given.get("centred", layer) else 4 + (given.get("b") is not None)
+        return (each + (given.get("r") is not None)) * prod(given["x"])
+
+    operator.count_flops(op, formula)
+
+
+def _backward_flops(
+    dy: Any,
+    dh: Any,
+    h: Any,
+    w: Any,
+    mean: Any,
+    rstd: Any,
+    offset: float,
+    weight: bool,
+    bias: bool,
+    **kwargs: Any,
+) -> int:
+    return ((9 + bias if mean is None else 13) + (dh is not None)) * prod(dy)
+
+
+_count_flops(save_op)
+operator.count_flops(backward_op, _backward_flops)

@@ -1,6 +1,7 @@
 """y = layer_norm(x, w, b, eps) = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * w + b.
 
-Shapes     x: [..., C]; w, b: [C] or None each. Returns y: contiguous, like x.
+Shapes     x: [..., C]; w, b: [C] or None each, of one dtype, x's or that of the statistics. Returns y:
+           contiguous, like x.
 Numerics   fp32 (fp64 for fp64), one rounding at the end.
 Cost       2 * x.nbytes of traffic forward, 3 * x.nbytes backward; 7 and 13 flop an element: memory-bound.
 Limits     none on C. float64 on a GPU runs a composition. No second derivative: asking for it raises.
@@ -53,11 +54,12 @@ op = _operator.define(
 _norm.register(
     op,
     lambda x, w, b, eps: _norm.Norm.apply(x, None, w, b, eps, 0.0, False, True),
-    centred=True,
-    add=False,
 )
 
 
 def direct(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    """The op on a CPU tensor, called past the dispatcher: torch's own operator is one fused kernel there."""
+    """The op on a CPU tensor, by torch's: in fp32 where it would sum the gradient of a weight in less."""
+    if x.dtype not in _norm.WIDE and torch.is_grad_enabled() and torch._C._any_requires_grad(w, b):
+        w, b = (None if t is None else t.float() for t in (w, b))
+        return torch.layer_norm(x.float(), x.shape[-1:], w, b, eps).to(x.dtype)
     return torch.layer_norm(x, x.shape[-1:], w, b, eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxaccel.canonical.editor import Editor, aten, on
@@ -37,7 +38,7 @@ def written_norm(e: Editor, node: fx.Node) -> fx.Node | None:
         if inside is None:
             continue
         for x in found:
-            if x is inverse or dtype(x) != dtype(node) or dtype(inverse) != dtype(x) or not is_float(x):
+            if x is inverse or dtype(inverse) != dtype(node) or not is_float(x):
                 continue
             plan = _rms(e, inside[0], x) or _layer(e, inside[0], x)
             if plan is not None:
@@ -54,10 +55,13 @@ def _rms(e: Editor, mean: fx.Node, x: fx.Node) -> tuple[Any, fx.Node, list[int]]
     if not e.at(mean, aten.mean.dim) or not _kept(mean):
         return None
     square = mean.args[0]
-    if not e.at(square, aten.pow.Tensor_Scalar) or square.args != (x, 2):
+    if not e.at(square, aten.pow.Tensor_Scalar) or square.args[1] != 2 or dtype(square) != dtype(mean):
+        return None
+    wide = square.args[0]
+    if wide is not x and not (e.at(wide, aten.to.dtype) and wide.args[0] is x):  # the product casts x
         return None
     sizes = _trailing(e, x, mean.args[1])
-    return None if sizes is None else (aten.rms_norm.default, x, sizes)
+    return None if sizes is None else (aten.rms_norm.default, wide, sizes)
 
 
 def _layer(e: Editor, variance: fx.Node, centred: fx.Node) -> tuple[Any, fx.Node, list[int]] | None:
@@ -83,32 +87,37 @@ def norm_weight(e: Editor, node: fx.Node) -> fx.Node | None:
         x, sizes, weight, *rest = [*norm.args, None, None][: max(len(norm.args), 3)]
         if weight is not None or (norm.target is aten.layer_norm.default and rest and rest[0] is not None):
             continue
-        if list(e.shape(w)) == sizes and dtype(w) == dtype(norm) and not e.from_state(x):
-            return e.call(node, norm.target, x, sizes, w, *rest, val=e.like(node))
+        if list(e.shape(w)) == sizes and dtype(node) == dtype(norm) and not e.from_state(x):
+            return e.call(node, norm.target, x, sizes, _cast(e, node, w), *rest, val=e.like(node))
     return None
+
+
+def _cast(e: Editor, node: fx.Node, w: fx.Node) -> fx.Node:
+    """w as `node`, of a wider dtype, reads it."""
+    return w if dtype(w) == dtype(node) else e.call(node, aten.to.dtype, w, dtype(node))
 
 
 @on(aten.add.Tensor)
 def norm_bias(e: Editor, node: fx.Node) -> fx.Node | None:
-    """A bias of the normalised shape on a layer norm with a weight and none is its argument."""
+    """A bias of the normalised shape on a layer norm without one is its argument."""
     for norm, b in (node.args, node.args[::-1]):
         if not e.once(norm, aten.layer_norm.default) or not is_tensor(b) or node.kwargs:
             continue
         x, sizes, weight, bias, *rest = [*norm.args, None, None][: max(len(norm.args), 4)]
-        if weight is None or bias is not None:
-            continue
-        if list(e.shape(b)) == sizes and dtype(b) == dtype(norm):
-            return e.call(node, norm.target, x, sizes, weight, b, *rest, val=e.like(node))
+        if bias is None and list(e.shape(b)) == sizes and dtype(node) == dtype(norm):
+            return e.call(node, norm.target, x, sizes, weight, _cast(e, node, b), *rest, val=e.like(node))
     return None
 
 
-@on(aten.native_layer_norm.default)
+@on(aten.native_layer_norm.default, aten._fused_rms_norm.default)
 def native_norm(e: Editor, node: fx.Node) -> fx.Node | None:
-    """`native_layer_norm` whose statistics are not used is `layer_norm`."""
+    """A norm that returns its statistics, where nothing reads them, is `layer_norm` or `rms_norm`."""
     if any(u.target is not operator.getitem or u.args[1] != 0 for u in node.users):
         return None
+    layer = node.target is aten.native_layer_norm.default
+    target = aten.layer_norm.default if layer else aten.rms_norm.default
     for user in list(node.users):
-        e.replace(user, e.call(user, aten.layer_norm.default, *node.args, val=user.meta["val"]))
+        e.replace(user, e.call(user, target, *node.args, val=user.meta["val"]))
     return node
 
 
@@ -161,6 +170,30 @@ def variance_and_mean(e: Editor, node: fx.Node) -> fx.Node | None:
             part = e.call(user, aten.mean.dim, x, dims, *([True] if keep else []), val=val)
         e.replace(user, part)
     return node
+
+
+@on(aten.pow.Tensor_Scalar)
+def square_of_root(e: Editor, node: fx.Node) -> fx.Node | None:
+    """A squared deviation is the variance, a squared length a sum of squares unless these may overflow."""
+    root, power = node.args
+    if power != 2 or node.kwargs:
+        return None
+    if e.at(root, *_DEVIATIONS):
+        x, dims, correction, keep = _variance(root)
+        kwargs = {"correction": correction, "keepdim": keep}
+        return e.call(node, aten.var.correction, x, dims, val=node.meta["val"], **kwargs)
+    if not e.at(root, aten.linalg_vector_norm.default) or dtype(node) is torch.float16:
+        return None
+    given: list[Any] = [*root.args, *_NORM[len(root.args) :]]
+    x, order, dims, keep, kind = given
+    if order != 2 or kind is not None or root.kwargs or dims is None:
+        return None
+    square = e.call(node, aten.pow.Tensor_Scalar, x, 2, val=e.like(x))
+    return e.call(node, aten.sum.dim_IntList, square, dims, keep, val=node.meta["val"])
+
+
+_DEVIATIONS = (aten.std.dim, aten.std.default, aten.std.correction)
+_NORM: list[Any] = [None, 2, None, False, None]  # defaults of its arguments
 
 
 @on(aten.mean.dim)

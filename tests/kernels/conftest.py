@@ -98,16 +98,16 @@ def near():
 
 
 @pytest.fixture
-def layer_terms():
-    """What the rounding errors of layer norm's gradients go with: see `near`."""
+def gradient_terms():
+    """What the rounding errors of a norm's gradients go with: see `near`."""
 
-    def sums(h, w, dy):
+    def sums(h, w, dy, centred):
         """The gradients of h and w with every term's absolute value."""
         h, w, dy = (t.detach().double() for t in (h, w, dy))
-        mean = h.mean(-1, keepdim=True)
+        mean = h.mean(-1, keepdim=True) * centred
         rstd = torch.rsqrt((h - mean).square().mean(-1, keepdim=True) + 1e-5)
         u, z = (w * dy).abs(), (h.abs() + mean.abs()) * rstd
-        dh = rstd * (u + u.mean(-1, keepdim=True) + z * (u * z).mean(-1, keepdim=True))
+        dh = rstd * (u + u.mean(-1, keepdim=True) * centred + z * (u * z).mean(-1, keepdim=True))
         return dh, (dy.abs() * z).sum_to_size(w.shape)
 
     return sums

@@ -27,12 +27,12 @@ def results(f, args, dy, dh):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_kernel(shape, dtype, near, layer_terms):
+def test_cpu_kernel(shape, dtype, near, gradient_terms):
     args = tensors(*shape, dtype=dtype)
     dy, dh = torch.randn(shape), torch.randn(shape)
     rounded = [(args[0] + args[1]).double(), torch.zeros(shape).double()]  # h is x + r, rounded
     rounded += [t.double() for t in args[2:]]
-    dx, dw = layer_terms(rounded[0], args[2], dy)
+    dx, dw = gradient_terms(rounded[0], args[2], dy, True)
     terms = [None, None, dx + dh.abs(), dx + dh.abs(), dw, None]
     for got, eager, exact, term in zip(
         results(kernel.op, args, dy, dh),
@@ -152,6 +152,10 @@ X, W = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
         ((X, X[:1], None), "does not broadcast"),
         ((X, X[0], None), "does not broadcast"),
         ((X, X, W[:4]), "w has 4 elements, and x 8"),
+        (
+            (X.bfloat16(), X.bfloat16(), W.bfloat16(), W),
+            "dtypes differ: w is torch.bfloat16, b is torch.float32",
+        ),
     ],
 )
 def test_unsupported(args, why):
@@ -160,3 +164,4 @@ def test_unsupported(args, why):
 
 def test_supported():
     assert list(kernel.unsupported(X, X, W, W)) == []
+    assert list(kernel.unsupported(X.bfloat16(), X.bfloat16(), W, W)) == []  # weights in fp32

@@ -20,25 +20,31 @@ def tensors(*shape, dtype=torch.float32):
 
 
 def results(f, args, dy, dh):
-    args = [t.detach().clone().requires_grad_() for t in args]
-    y, h = f(*args, EPS)
-    return [y, h, *torch.autograd.grad((y, h), args, (dy.to(y.dtype), dh.to(h.dtype)))]
+    """y, h and the gradients of x, r, w and, if it is among `args`, b."""
+    x, r, w, *b = leaves = [t.detach().clone().requires_grad_() for t in args]
+    y, h = f(x, r, w, EPS, 0.0, False, *b)
+    return [y, h, *torch.autograd.grad((y, h), leaves, (dy.to(y.dtype), dh.to(h.dtype)))]
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_kernel(shape, dtype, near):
+def test_cpu_kernel(shape, dtype, biased, near, gradient_terms):
     args = tensors(*shape, dtype=dtype)
+    args += [torch.randn(shape[-1:]).to(dtype)] * biased
     dy, dh = torch.randn(shape), torch.randn(shape)
     rounded = [(args[0] + args[1]).double(), torch.zeros(shape).double()]  # h is x + r, rounded
     rounded += [t.double() for t in args[2:]]
-    for got, eager, exact in zip(
+    dx, dw = gradient_terms(rounded[0], args[2], dy, False)
+    terms = [None, None, dx + dh.abs(), dx + dh.abs(), dw, *[None] * biased]
+    for got, eager, exact, term in zip(
         results(kernel.op, args, dy, dh),
         results(kernel.reference, args, dy, dh),
         results(kernel.reference, rounded, dy.double(), dh.double()),
+        terms,
         strict=True,
     ):
-        near(got, eager, exact)
+        near(got, eager, exact, term)
         assert got.is_contiguous()
 
 
@@ -55,9 +61,29 @@ def test_same_as_the_two_steps():
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_gradcheck(weighted):
-    args = tensors(3, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(kernel.op, (*args[:2], *(w if weighted else None for w in args[2:]), EPS))
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradcheck(weighted, biased):
+    x, r, w = tensors(3, 5, dtype=torch.float64)
+    b = torch.randn(5, dtype=torch.float64, requires_grad=True) if biased else None
+
+    def f(x, r, w, b):
+        return kernel.op(x, r, w, EPS, b=b)
+
+    assert torch.autograd.gradcheck(f, (x, r, w if weighted else None, b))
+
+
+def test_direct_is_the_op():
+    x, r, w = tensors(5, 123)
+    b = torch.randn(123, requires_grad=True)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            for a, c in zip(
+                kernel.direct(x, r, w, EPS, 1.0, False, b),
+                kernel.op(x, r, w, EPS, 1.0, False, b),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, c)
+                assert a.requires_grad == c.requires_grad == enabled
 
 
 @pytest.mark.parametrize("read", [0, 1])
@@ -90,6 +116,7 @@ def test_opcheck(dtype):
     args = tensors(2, 3, 8, dtype=dtype)
     torch.library.opcheck(kernel.op, (*args, EPS))
     torch.library.opcheck(kernel.op, (*(t.detach() for t in args), EPS))
+    torch.library.opcheck(kernel.op, (*args, EPS, 1.0, True, torch.randn(8).to(dtype).requires_grad_()))
 
 
 def test_strides():
@@ -108,14 +135,15 @@ def test_second_derivative_raises():
         grad.sum().backward()
 
 
-def test_flops():
-    args = tensors(3, 8)
+@pytest.mark.parametrize("biased", [False, True])
+def test_flops(biased):
+    args = (*tensors(3, 8), EPS, 0.0, False, *[torch.randn(8, requires_grad=True)] * biased)
     with FlopCounterMode(display=False) as forward:
-        y, h = kernel.op(*args, EPS)
-    assert forward.get_total_flops() == 5 * 24
+        y, h = kernel.op(*args)
+    assert forward.get_total_flops() == (5 + biased) * 24
     with FlopCounterMode(display=False) as backward:
         (y + h).sum().backward()
-    assert backward.get_total_flops() == 10 * 24
+    assert backward.get_total_flops() == (10 + biased) * 24
 
 
 def test_autocast_on_the_cpu_changes_nothing_as_in_torch():
@@ -149,6 +177,11 @@ X, W = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
         ((X, X[:1], None), "does not broadcast"),
         ((X, X[0], None), "does not broadcast"),
         ((X, X, W[:4]), "w has 4 elements, and x 8"),
+        ((X, X, W, EPS, 0.0, False, W[:4]), "b has 4 elements, and x 8"),
+        (
+            (X.bfloat16(), X.bfloat16(), W.bfloat16(), EPS, 0.0, False, W),
+            "dtypes differ: w is torch.bfloat16, b is torch.float32",
+        ),
     ],
 )
 def test_unsupported(args, why):
@@ -156,4 +189,5 @@ def test_unsupported(args, why):
 
 
 def test_supported():
-    assert list(kernel.unsupported(X, X, W)) == []
+    assert list(kernel.unsupported(X, X, W, EPS, 1.0, True, W)) == []
+    assert list(kernel.unsupported(X.bfloat16(), X.bfloat16(), W, EPS, 1.0, True, W)) == []  # weights in fp32

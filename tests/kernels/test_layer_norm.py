@@ -26,9 +26,9 @@ def results(f, args, dy):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_kernel(shape, dtype, near, layer_terms):
+def test_cpu_kernel(shape, dtype, near, gradient_terms):
     args, dy = tensors(*shape, dtype=dtype), torch.randn(shape)
-    terms = [None, *layer_terms(*args[:2], dy), None]
+    terms = [None, *gradient_terms(*args[:2], dy, True), None]
     for got, eager, exact, term in zip(
         results(kernel.op, args, dy),
         results(kernel.reference, args, dy),
@@ -115,6 +115,7 @@ X, W = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
         ((X, W, W.half()), "dtypes differ: x is torch.float32, b torch.float16"),
         ((X, X), "w has 2 dimensions"),
         ((X, W, W[:4]), "b has 4 elements, and x 8"),
+        ((X.bfloat16(), W.bfloat16(), W), "dtypes differ: w is torch.bfloat16, b is torch.float32"),
     ],
 )
 def test_unsupported(args, why):
@@ -124,3 +125,4 @@ def test_unsupported(args, why):
 def test_supported():
     assert list(kernel.unsupported(X, W, W)) == []
     assert list(kernel.unsupported(X, None)) == []
+    assert list(kernel.unsupported(X.bfloat16(), W, W)) == []  # weights in fp32

@@ -17,26 +17,32 @@ def tensors(*shape, dtype=torch.float32):
     return [(torch.randn(s) + 1).to(dtype).requires_grad_() for s in (shape, shape[-1:])]
 
 
-def results(f, x, w, dy, *rest):
-    x, w = (t.detach().clone().requires_grad_() for t in (x, w))
-    y = f(x, w, EPS, *rest)
-    return [y, *torch.autograd.grad(y, (x, w), dy.to(y.dtype))]
+def results(f, args, dy, *rest):
+    """y and the gradients of x, w and, if it is among `args`, b."""
+    x, w, *b = leaves = [t.detach().clone().requires_grad_() for t in args]
+    y = f(x, w, EPS, *rest, *b)
+    return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 
-@pytest.mark.parametrize("rest", [(), (1.0, False), (0.0, True)], ids=["plain", "offset", "rounded"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "rest", [(0.0, False), (1.0, False), (0.0, True)], ids=["plain", "offset", "rounded"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_kernel(shape, dtype, rest, near):
-    x, w = tensors(*shape, dtype=dtype)
+def test_cpu_kernel(shape, dtype, rest, biased, near, gradient_terms):
+    args = tensors(*shape, dtype=dtype)
+    args += [torch.randn(shape[-1:]).to(dtype)] * biased
     dy = torch.randn(shape)
-    double = (x.double(), w.double(), dy.double(), *rest)
-    for got, eager, exact in zip(
-        results(kernel.op, x, w, dy, *rest),
-        results(kernel.reference, x, w, dy, *rest),
-        results(kernel.reference, *double),
+    terms = [None, *gradient_terms(args[0], args[1] + rest[0], dy, False), *[None] * biased]
+    for got, eager, exact, term in zip(
+        results(kernel.op, args, dy, *rest),
+        results(kernel.reference, args, dy, *rest),
+        results(kernel.reference, [t.double() for t in args], dy.double(), *rest),
+        terms,
         strict=True,
     ):
-        near(got, eager, exact)
+        near(got, eager, exact, term)
         assert got.is_contiguous()
 
 
@@ -65,18 +71,63 @@ def test_strides():
     dy = torch.randn(6, 20)
     for x_ in (x.mT.contiguous().mT, torch.cat([x, x], -1)[:, :20], x[:1].expand(6, 20)):
         for a, b in zip(
-            results(kernel.op, x_, w, dy.T.contiguous().T),
-            results(kernel.reference, x_, w, dy),
+            results(kernel.op, [x_, w], dy.T.contiguous().T),
+            results(kernel.reference, [x_, w], dy),
             strict=True,
         ):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("rest", [(), (1.0,), (0.0, True)])
+@pytest.mark.parametrize("rest", [(0.0,), (1.0,), (0.0, True)])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_gradcheck(weighted, rest):
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradcheck(weighted, biased, rest):
     x, w = tensors(3, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(kernel.op, (x, w if weighted else None, EPS, *rest))
+    b = torch.randn(5, dtype=torch.float64, requires_grad=True) if biased else None
+
+    def f(x, w, b):
+        return kernel.op(x, w, EPS, *rest, b=b)
+
+    assert torch.autograd.gradcheck(f, (x, w if weighted else None, b))
+
+
+def test_the_bias_is_added_before_the_one_rounding():
+    """Rounded before the bias, 1 + 2**-9 would become 1 in bfloat16 and the sum 0."""
+    x = torch.ones(1, 4, dtype=torch.bfloat16)
+    w = torch.full((4,), 1 + 2**-7, dtype=torch.bfloat16)
+    for offset in (0.0, 2.0**-8):  # a weight of 1 + 3 * 2**-8 is none of bfloat16
+        b = -w
+        for f in (kernel.op, kernel.reference, kernel.direct):
+            y = f(x, w, 0.0, offset, False, b)
+            assert torch.equal(y, torch.full_like(x, offset)), f
+
+
+@pytest.mark.parametrize(
+    "rest", [(0.0, False), (1.0, False), (0.0, True)], ids=["plain", "offset", "rounded"]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("small", [True, False])
+def test_direct(small, dtype, rest, near, gradient_terms, monkeypatch):
+    monkeypatch.setattr(kernel, "SMALL", 3 * 123 if small else 3 * 123 - 1)
+    args = tensors(3, 123, dtype=dtype)
+    args += [torch.randn(123).to(dtype)]
+    dy = torch.randn(3, 123)
+    terms = [None, *gradient_terms(args[0], args[1] + rest[0], dy, False), None]
+    got = results(kernel.direct, args, dy, *rest)
+    assert small == (kernel.direct(*args[:2], EPS).grad_fn.name() != "NormBackward")
+    eager = results(kernel.reference, args, dy, *rest)
+    exact = results(kernel.reference, [t.double() for t in args], dy.double(), *rest)
+    for g, e, x, term in zip(got, eager, exact, terms, strict=True):
+        near(g, e, x, term)
+
+
+def test_a_bias_alone_has_a_gradient():
+    x, w = (t.detach() for t in tensors(5, 123))
+    b = torch.randn(123, requires_grad=True)
+    y = kernel.direct(x, w, EPS, b=b)
+    torch.testing.assert_close(y, kernel.op(x, w, EPS, b=b))
+    dy = torch.randn(5, 123)
+    torch.testing.assert_close(torch.autograd.grad(y, b, dy)[0], dy.sum(0))
 
 
 def test_rows_of_zeros_and_of_tiny_values():
@@ -101,7 +152,9 @@ def test_second_derivative_raises():
 def test_opcheck(dtype, weighted):
     x, w = tensors(2, 3, 8, dtype=dtype)
     torch.library.opcheck(kernel.op, (x, w if weighted else None, EPS))
-    torch.library.opcheck(kernel.op, (x.detach(), w.detach() if weighted else None, EPS, 1.0, True))
+    b = torch.randn(8).to(dtype)
+    torch.library.opcheck(kernel.op, (x.detach(), w.detach() if weighted else None, EPS, 1.0, True, b))
+    torch.library.opcheck(kernel.op, (x, w if weighted else None, EPS, 1.0, True, b.requires_grad_()))
 
 
 def test_autocast_on_the_cpu_changes_nothing_as_in_torch():
@@ -111,6 +164,7 @@ def test_autocast_on_the_cpu_changes_nothing_as_in_torch():
         y = kernel.op(x.bfloat16(), w, EPS)  # what follows a linear: its weight is not cast
         assert y.dtype == F.rms_norm(x.bfloat16(), (8,), w, EPS).dtype == torch.bfloat16
         y.float().sum().backward()
+        assert kernel.op(x.bfloat16(), w, EPS, 0.0, False, w).dtype == torch.bfloat16
     assert w.grad.dtype == torch.float32
 
 
@@ -123,21 +177,25 @@ def test_autocast_on_a_gpu_computes_in_fp32():
         assert kernel.op(x, w, EPS).dtype == F.rms_norm(x, (8,), w, EPS).dtype == torch.float32
 
 
-def test_flops():
+@pytest.mark.parametrize("biased", [False, True])
+def test_flops(biased):
     x, w = tensors(3, 8)
+    args = (x, w, EPS, 0.0, False, *[w] * biased)
     with FlopCounterMode(display=False) as forward:
-        y = kernel.op(x, w, EPS)
-    assert forward.get_total_flops() == 4 * 24
+        y = kernel.op(*args)
+    with FlopCounterMode(display=False) as inference, torch.no_grad():
+        kernel.op(*args)
+    assert forward.get_total_flops() == inference.get_total_flops() == (4 + biased) * 24
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
-    assert backward.get_total_flops() == 9 * 24
+    assert backward.get_total_flops() == (9 + biased) * 24
 
 
 def test_compiled():
     x, w = tensors(3, 8)
 
     def f(x, w):
-        return kernel.op(x * 2, w, EPS, 1.0).sin()
+        return kernel.op(x * 2, w, EPS, 1.0, False, w).sin()
 
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, w), f(x, w))
@@ -174,6 +232,12 @@ X, W = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
         ((X, W.half()), "dtypes differ: x is torch.float32, w torch.float16"),
         ((X, X), "w has 2 dimensions"),
         ((X, W[:4]), "w has 4 elements, and x 8"),
+        ((X, W, EPS, 0.0, False, W.half()), "dtypes differ: x is torch.float32, b torch.float16"),
+        ((X, W, EPS, 0.0, False, W[:4]), "b has 4 elements, and x 8"),
+        (
+            (X.bfloat16(), W.bfloat16(), EPS, 0.0, False, W),
+            "dtypes differ: w is torch.bfloat16, b is torch.float32",
+        ),
     ],
 )
 def test_unsupported(args, why):
@@ -182,4 +246,5 @@ def test_unsupported(args, why):
 
 def test_supported():
     assert list(kernel.unsupported(X, W)) == []
-    assert list(kernel.unsupported(X, None, EPS, 1.0, True)) == []
+    assert list(kernel.unsupported(X, None, EPS, 1.0, True, W)) == []
+    assert list(kernel.unsupported(X.bfloat16(), W, EPS, 1.0, True, W)) == []  # weights in fp32

@@ -5,10 +5,12 @@ import torch
 
 from fxaccel.kernels import _rows, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-NORMS = {
+NORMS = {  # the module; whether there is a residual; whether there is a bias
     "rms_norm": (rms_norm, False, False),
+    "rms_norm with bias": (rms_norm, False, True),
     "layer_norm": (layer_norm, False, True),
     "add_rms_norm": (add_rms_norm, True, False),
+    "add_rms_norm with bias": (add_rms_norm, True, True),
     "add_layer_norm": (add_layer_norm, True, True),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -45,10 +47,13 @@ def launched(name, args, dy, dh):
     return [*outs, *grads, *(g.to(w.dtype) for g in (dw, db) if g is not None)]
 
 
-def referred(name, args, dy, dh):
-    """The same list from `reference` and autograd."""
+def referred(name, args, dy, dh, how="reference"):
+    """The same list from `reference`, or another of the module's functions, and autograd."""
     args = [a.detach().clone().requires_grad_() for a in args]
-    out = NORMS[name][0].reference(*args, EPS)
+    x, r, w, b = split(name, args)
+    given = [t for t in (x, r, w) if t is not None]
+    given += [b, EPS] if "layer" in name else [EPS, 0.0, False, b]
+    out = getattr(NORMS[name][0], how)(*given)
     outs, seeds = (out, (dy, dh)) if isinstance(out, tuple) else ((out,), (dy,))
     grads = torch.autograd.grad(outs, args, [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)])
     return [*outs, *grads]
@@ -63,12 +68,17 @@ def exactly(name, args, dy, dh):
     return referred(name, args, dy.double(), dh.double())
 
 
-def compare(name, args, near):
-    """Forward and backward of the launched kernels against fp64."""
+def compare(name, args, near, how="launch"):
+    """Forward and backward of the launched kernels, or of the operator or `direct`, against fp64."""
     x = args[0]
     dy, dh = torch.randn_like(x).contiguous(), torch.randn_like(x).contiguous()
+    made = (
+        launched(name, args, dy, dh if NORMS[name][1] else None)
+        if how == "launch"
+        else referred(name, args, dy, dh, how)
+    )
     results = (
-        launched(name, args, dy, dh if NORMS[name][1] else None),
+        made,
         referred(name, args, dy, dh),
         exactly(name, args, dy, dh),
     )
@@ -93,11 +103,71 @@ def test_rows_over_one_block(name, dtype, shape, device, near, monkeypatch):
     compare(name, tensors(name, shape, dtype, device), near)
 
 
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [4_096, 12_288, 65_536])
+def test_widths_of_models(name, columns, dtype, device, near):
+    compare(name, tensors(name, (2, columns), dtype, device), near)
+
+
+EXTREMES = {
+    "zeros": lambda x: torch.zeros_like(x),
+    "constant": lambda x: torch.full_like(x, 3.0),  # a mean without rounding, a variance of 0
+    "a row of zeros": lambda x: torch.cat([x[:1], torch.zeros_like(x[1:])]),
+    "huge": lambda x: (x * 1e4).clamp(-3e4, 3e4),  # in fp16 the square is infinite, the sum just not
+    "tiny": lambda x: x * 1e-4,  # in fp16 the square is 0
+}
+
+
+@pytest.mark.parametrize("how", ["launch", "op", "direct"])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extremes(name, dtype, extreme, how, device, near):
+    x, *rest = tensors(name, (3, 123), dtype, device)
+    args = [EXTREMES[extreme](t) if t.ndim == 2 else t for t in (x, *rest)]
+    compare(name, args, near, how)
+
+
+def with_weights_in_fp32(args):
+    """Rows on a grid, so that the sum of two is exact: the interpreter truncates it in bfloat16."""
+    return [t.float() * 1.001 if t.ndim == 1 else (t * 8).round().clamp(-31, 31) / 8 for t in args]
+
+
+@pytest.mark.parametrize("how", ["launch", "op", "direct"])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_in_fp32(name, dtype, how, device, near):
+    compare(name, with_weights_in_fp32(tensors(name, (5, 123), dtype, device)), near, how)
+
+
+@pytest.mark.parametrize("how", ["launch", "op", "direct"])
+@pytest.mark.parametrize("name", NORMS)
+def test_gradients_of_weights_are_summed_in_fp32(name, how, device):
+    """In bfloat16 a sum stands still at 256 of its addends, as PyTorch's LayerNorm on the CPU does."""
+    args = with_weights_in_fp32(tensors(name, (2048, 8), torch.bfloat16, device))
+    dy, dh = torch.ones_like(args[0]), torch.zeros_like(args[0])
+    given = (args, dy, dh if NORMS[name][1] else None)
+    made = launched(name, *given) if how == "launch" else referred(name, args, dy, dh, how)
+    exact = exactly(name, args, dy, dh)
+    terms = 2048 * torch.finfo(torch.float32).eps * 8  # what fp32 may lose of 2048 addends of at most 8
+    for got, want in zip(made[-NORMS[name][2] - 1 :], exact[-NORMS[name][2] - 1 :], strict=True):
+        assert (got.double() - want).abs().max() <= terms
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("columns", [4_099, 16_384, 16_385, 70_000])
 def test_long_rows(name, columns, device, near):
     compare(name, tensors(name, (3, columns), torch.float32, device), near)
+
+
+@pytest.mark.parametrize("how", ["launch", "op", "direct"])
+@pytest.mark.parametrize("name", NORMS)
+def test_heads(name, how, device, near):
+    """[B, H, S, D] of [B, S, H, D]."""
+    args = tensors(name, (2, 5, 3, 32), torch.float32, device)
+    compare(name, [t.transpose(1, 2) if t.ndim == 4 else t for t in args], near, how)
 
 
 def relayouts(x):
@@ -123,21 +193,21 @@ def test_a_row_offset_from_fp32_sums(name, device, near):
     compare(name, args, near)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("name", [name for name in NORMS if "rms" in name])
 @pytest.mark.parametrize(("offset", "round_first"), [(1.0, False), (0.0, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_spellings(name, offset, round_first, dtype, device, near):
     module, add, _ = NORMS[name]
-    args = tensors(name, (5, 123), dtype, device)
-    got = module.launch(*args, EPS, offset, round_first)
-    eager = module.reference(*args, EPS, offset, round_first)
-    if add:
-        args = [(args[0] + args[1]), torch.zeros_like(args[1]), args[2]]
-    exact = module.reference(*(a.double() for a in args), EPS, offset)
+    x, r, w, b = split(name, tensors(name, (5, 123), dtype, device))
+    args = (x, r, w) if add else (x, w)
+    got = module.launch(*args, EPS, offset, round_first, b)
+    eager = module.reference(*args, EPS, offset, round_first, b)
+    wide = [t.double() for t in ((x + r, torch.zeros_like(r), w) if add else (x, w))]
+    exact = module.reference(*wide, EPS, offset, False, None if b is None else b.double())
     for g, e, x in zip(*((o if add else (o,)) for o in (got, eager, exact)), strict=True):
         near(g, e, x)
     if round_first:  # not only as near as eager: rounded in the same place
-        once = module.launch(*args, EPS, offset, False)
+        once = module.launch(*args, EPS, offset, False, b)
         assert dtype == torch.float32 or not torch.equal(*((o[0] if add else o) for o in (got, once)))
 
 

@@ -157,7 +157,12 @@ DECLINED = [
             dtype=torch.float16,
         ),
         (X.bfloat16(),),
-        "the result is cast to torch.float16, the input is torch.bfloat16",
+        "the result is torch.float16, the input is torch.bfloat16",
+    ),
+    (
+        Call(lambda s, x, r: s.w * F.rms_norm(x.double(), [8], None, 1e-5).to(x.dtype)),
+        (X,),
+        "the statistics are torch.float64, those of the kernel torch.float32",
     ),
     (
         Call(lambda s, x, r: F.rms_norm(x + 1.5, [8], s.w, 1e-5)),
