@@ -73,6 +73,7 @@ def converted(entry, train):
         "converted": len(record.applied),
         "of": len(record.applied) + len(record.refused),
         "plan": record.plan,
+        "error": record.error,
         "relative_error_float64": max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs),
         "refused": reasons,
         "notes": report.captures[0].notes,

@@ -10,7 +10,8 @@ algebra    in float64 both must agree to within what a relative error of 2**-42 
 rounding   in the site's own dtype the replacement may be at most two bits worse than the original: four
            times the original's own distance from float64 and what an error of one eps in every operator
            does, plus two eps of the largest value. (Two sound orders of summation err by one order of
-           magnitude, not by equal amounts: the largest of few errors is a random number.)
+           magnitude, not by equal amounts: the largest of few errors is a random number. The own distance
+           of a float64 site cannot be seen; it is taken for what those errors do.)
 
 What drops values at random is compared with nothing dropped, and its probabilities by themselves.
 Passes of class `lower_precision` or `approximate` only have their distance measured and recorded. Sites

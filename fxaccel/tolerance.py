@@ -37,7 +37,8 @@ def share_of_tolerance(
         float(torch.nan_to_num(ref.detach(), posinf=0.0, neginf=0.0).abs().max()) if ref.numel() else 0.0
     )
     condition = max((distance(ref, m) for m in moved), default=0.0) / UNSTEADY
-    allowed = _LOST * (distance(ref, old) + eps * condition) + 2 * eps * largest
+    own = distance(ref, old) or eps * condition  # 0: the original is in float64, and its error cannot be seen
+    allowed = _LOST * (own + eps * condition) + 2 * eps * largest
     found = distance(ref, new)
     return found / allowed if allowed else (0.0 if found == 0 else math.inf)
 

@@ -12,7 +12,7 @@ import fxaccel
 from fxaccel import evaluate, manager
 from fxaccel.capture import capture
 from fxaccel.errors import ProofError
-from fxaccel.evaluate import _BY_DEFINITION, Calm, Unsteady
+from fxaccel.evaluate import _BY_DEFINITION, UNSTEADY, Calm, Unsteady
 from fxaccel.proof import holds, materialise
 from fxaccel.tolerance import share_of_tolerance
 from tests.helpers import Function
@@ -303,6 +303,14 @@ def test_the_share_is_one_where_the_tolerance_ends():
     assert share_of_tolerance(ref, old, old + torch.tensor([0, 8 * eps])) > 1
     assert share_of_tolerance(ref, old, torch.tensor([1.0, torch.nan])) == math.inf
     assert share_of_tolerance(ref.long(), ref.long(), ref.long() + 1) == math.inf
+
+
+def test_in_float64_the_originals_own_error_is_taken_for_that_of_its_operators():
+    ref, eps = torch.ones(3, dtype=torch.float64), torch.finfo(torch.float64).eps
+    moved = [ref + 10 * UNSTEADY]  # as ten operators would
+    assert share_of_tolerance(ref, ref, ref + 80 * eps, moved) < 1  # 4 * (10 + 10) + 2
+    assert share_of_tolerance(ref, ref, ref + 86 * eps, moved) > 1
+    assert share_of_tolerance(ref, ref + 2 * eps, ref + 52 * eps, moved) > 1  # 4 * (2 + 10) + 2
 
 
 def test_an_infinity_that_the_original_has_too_is_no_difference():
