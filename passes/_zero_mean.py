@@ -230,9 +230,8 @@ class Stream:
     def hoist(self) -> None:
         """Centre sums of such values instead of their terms, where nothing else reads the terms centred."""
         readers: dict[Place, int] = {}
-        for place in [p for link in self.links for p in links(*link) or ()] + [
-            norm_input(n) for n in self.norms
-        ]:
+        read = [p for link in self.links for p in links(*link) or ()]
+        for place in [*read, *map(norm_input, self.norms)]:
             readers[place] = readers.get(place, 0) + 1
         for link in list(self.links):
             operands = dict.fromkeys(links(*link) or ())
@@ -245,9 +244,14 @@ class Stream:
                 self.sources[link] = OWN
 
 
-def slower(norm: fx.Node) -> Iterator[str]:
-    """Why an RMSNorm in the place of this LayerNorm would be the slower of the two."""
-    if norm.meta["val"].device.type == "cpu":
+def unfit(norm: fx.Node, even_if_slower: bool) -> Iterator[str]:
+    """Why an RMSNorm cannot take the place of this LayerNorm, whatever it reads."""
+    x, dtypes = norm.meta["val"], {n.meta["val"].dtype for n in norm.args[:4] if is_value(n)}
+    if not over_last(norm):
+        yield f"it normalises over {len(norm.args[1])} dimensions; an RMSNorm is over one"
+    if len(dtypes) > 1:
+        yield f"its input and weights are of dtypes {', '.join(sorted(map(str, dtypes)))}"
+    if x.device.type == "cpu" and not even_if_slower:
         yield (
             "on the CPU a LayerNorm is one fused kernel and the faster of the two; "
             "even_if_slower=true converts it all the same"
@@ -264,7 +268,7 @@ class Analysis:
     """What is needed of every value if all of `norms` become RMSNorms."""
 
     def __init__(self, program: Program, norms: Iterable[fx.Node], tables: bool) -> None:
-        self.program, self.norms, self.tables = program, list(norms), tables
+        self.program, self.norms, self.tables = program, set(norms), tables
         self.raw: set[fx.Node] = set()
         self.centred: dict[fx.Node, list[int]] = {}
         self.parent: dict[Any, Any] = {}
@@ -355,7 +359,7 @@ class Analysis:
 
     def reader(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Who needs a value, or what is added up from it, as it is."""
-        centred = {n for n, _ in self.links} | set(self.norms)
+        centred = {n for n, _ in self.links} | self.norms
         readers = [u for u in node.users if u not in centred and u.target not in _SHAPE_ONLY]
         sums = [u for u in readers if any(node in dict(links(u, i) or ()) for i in _dimensions(u))]
         further = next(filter(None, map(self.reader, sums)), None)

@@ -9,7 +9,7 @@ Exact      no: y is off by up to |mean(h)| / rms(h). What that does to the model
 Source     Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 """
 
-from fxaccel.passes._zero_mean import slower
+from fxaccel.passes._zero_mean import unfit
 from fxaccel.rule import ANY, Match, Ops, Refusals, Rule, register
 
 
@@ -33,10 +33,7 @@ class DropNormMean(Rule):
         return op.aten.layer_norm.default(x, dims, w, b, eps, ANY)
 
     def refuse(self, m: Match) -> Refusals:
-        if len(m.dims) != 1:
-            yield f"it normalises over {len(m.dims)} dimensions; an RMSNorm is over one"
-        if not self.even_if_slower:
-            yield from slower(m.root)
+        yield from unfit(m.root, self.even_if_slower)
 
     def rewrite(self, op: Ops, m: Match):
         y = op.aten.rms_norm.default(m.x, m.dims, m.w, m.eps)

@@ -35,9 +35,8 @@ from fxaccel.passes._zero_mean import (
     Stream,
     links,
     norm_input,
-    over_last,
     scaled,
-    slower,
+    unfit,
 )  # fmt: skip
 from fxaccel.rule import Ops, Pass, register
 
@@ -82,19 +81,13 @@ class LayerNormToRMSNorm(Pass):
     def plan(self, program: Program) -> Conversion:
         """Find the streams."""
         norms = [n for n in program.graph.nodes if is_call(n, LAYER_NORM) and self.covers(n)]
-        why = {n: self.unfit(n) for n in norms}
+        why = {n: "; ".join(unfit(n, self.even_if_slower)) for n in norms}
         refused = [(n, w) for n, w in why.items() if w]
         streams, left = self.streams(program, [n for n in norms if not why[n]], tables=False)
         if not program.grad:  # tables are centred once
             more, left = self.streams(program, [n for n, _ in left], tables=True)
             streams += more
         return Conversion(tuple(streams), tuple(sorted([*refused, *left], key=lambda pair: pair[0])))
-
-    def unfit(self, norm: fx.Node) -> str:
-        """Why this LayerNorm stays one whatever it reads, "" for no reason."""
-        if not over_last(norm):
-            return f"it normalises over {len(norm.args[1])} dimensions; a mean over one can be taken out"
-        return "" if self.even_if_slower else "".join(slower(norm))
 
     def streams(
         self, program: Program, norms: list[fx.Node], tables: bool

@@ -476,7 +476,7 @@ DECLINED = {
     after_norm: "give its result a mean",
     in_groups: "makes its channels in groups, of different inputs",
     shifted: "has no weights of its own that could be centred",
-    over_two: "it normalises over 2 dimensions; a mean over one can be taken out",
+    over_two: "it normalises over 2 dimensions; an RMSNorm is over one",
     written: "of its stream is written in place",
     both_ways: "%add of its stream is read along two of its dimensions",
 }
@@ -510,6 +510,14 @@ def test_on_the_cpu_nothing_is_made_slower_unless_asked_for():
         "on the CPU a LayerNorm is one fused kernel and the faster of the two; "
         "even_if_slower=true converts it all the same"
     }
+
+
+def test_weights_of_another_dtype_are_left():
+    model = OneNorm(lambda m, x: m.norm(m.a(x)), norm=Norm()).to(torch.bfloat16)
+    model.norm.float()
+    record = converted(model, X.to(torch.bfloat16))[1]
+    assert not record.applied
+    assert why(record) == {"its input and weights are of dtypes torch.bfloat16, torch.float32"}
 
 
 def test_dropout_between_producers_and_the_stream_counts_against_it():
