@@ -229,7 +229,7 @@ def _coloured(line: str) -> Text:
 def _explained(report: PassReport) -> Iterator[str]:
     yield f"{report.name}: {len(report.applied)} applied, {len(report.refused)} refused"
     if report.error:
-        yield f"  rolled back: {report.error}"
+        yield f"  changed nothing: {report.error}"
     words: list[tuple[str, list[Site], Callable[[Site], str]]] = [
         ("applied", report.applied, lambda s: s.rule),
         ("refused", report.refused, lambda s: s.why),

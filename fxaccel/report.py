@@ -36,7 +36,7 @@ class Site:
 class PassReport:
     """The sites of one pass in one capture.
 
-    error     why the pass was rolled back, "" if it was not
+    error     why the pass changed nothing: it failed and was rolled back, or is not for this capture
     change    of a pass that is not exact: the largest relative change of an output, as measured
     """
 
@@ -129,7 +129,7 @@ def _text(capture: CaptureReport) -> str:
         )
     for p in capture.passes:
         if p.error:
-            rows.append(f"{p.name} was rolled back: {p.error}")
+            rows.append(f"{p.name} changed nothing: {p.error}")
         elif p.change is not None:
             rows.append(f"{p.name} changes the outputs by {p.change:.2g} of their size")
         rows += [f"{p.name} refused  {line}" for line in _counted(p.refused)]
