@@ -24,6 +24,7 @@ from torch import fx
 
 from fxaccel.effects import is_random, written
 from fxaccel.ir import Program, arguments, expr, is_call, is_tensor, source, target_name
+from fxaccel.rule import Ops
 
 aten = torch.ops.aten
 LAYER_NORM = aten.layer_norm.default
@@ -256,6 +257,13 @@ def unfit(norm: fx.Node, even_if_slower: bool) -> Iterator[str]:
             "on the CPU a LayerNorm is one fused kernel and the faster of the two; "
             "even_if_slower=true converts it all the same"
         )
+
+
+def rms_norm(op: Ops, norm: fx.Node, x: Any, of: Callable[[Any], Any] = lambda v: v) -> Any:
+    """A LayerNorm's RMSNorm of x, with its bias; `of(v)` stands for its weights."""
+    _, dims, w, b, eps, _ = arguments(norm).values()
+    y = op.aten.rms_norm.default(x, dims, of(w), eps)
+    return y if b is None else op.aten.add.Tensor(y, of(b))
 
 
 def norm_input(norm: fx.Node) -> Place:

@@ -9,7 +9,7 @@ Exact      no: y is off by up to |mean(h)| / rms(h). What that does to the model
 Source     Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 """
 
-from fxaccel.passes._zero_mean import unfit
+from fxaccel.passes._zero_mean import rms_norm, unfit
 from fxaccel.rule import ANY, Match, Ops, Refusals, Rule, register
 
 
@@ -36,5 +36,4 @@ class DropNormMean(Rule):
         yield from unfit(m.root, self.even_if_slower)
 
     def rewrite(self, op: Ops, m: Match):
-        y = op.aten.rms_norm.default(m.x, m.dims, m.w, m.eps)
-        return y if m.b is None else op.aten.add.Tensor(y, m.b)
+        return rms_norm(op, m.root, m.x)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxaccel.ir import Program, Replacement, arguments, is_call, without_defaults
+from fxaccel.ir import Program, Replacement, is_call, without_defaults
 from fxaccel.passes._zero_mean import (
     LAYER_NORM,
     OWN,
@@ -35,6 +35,7 @@ from fxaccel.passes._zero_mean import (
     Stream,
     links,
     norm_input,
+    rms_norm,
     scaled,
     unfit,
 )  # fmt: skip
@@ -222,15 +223,10 @@ class _Rewriting:
 
     def norm(self, norm: fx.Node) -> None:
         """Exchange a norm, whose input is centred by now."""
-        (x, axis), dims, w, b, eps = norm_input(norm), *list(arguments(norm).values())[1:5]
-
-        def rms(op: Ops, x: Any, w: Any, b: Any) -> Any:
-            y = op.aten.rms_norm.default(x, dims, w, eps)
-            return y if b is None else op.aten.add.Tensor(y, b)
-
-        proof = self.prove("norm", norm, after=lambda op, of: rms(op, centre(op, of(x), axis), of(w), of(b)))
+        x, axis = norm_input(norm)
+        proof = self.prove("norm", norm, after=lambda op, of: rms_norm(op, norm, centre(op, of(x), axis), of))
         with self.program.graph.inserting_before(norm):
-            new = rms(self.driver.ops(norm), self.zero_mean[x, axis], w, b)
+            new = rms_norm(self.driver.ops(norm), norm, self.zero_mean[x, axis])
         what = f"one of {len(self.stream.norms)} norms of a stream with {len(self.stream.sources)} sources"
         self.driver.applied(norm, what, proof=proof.key)
         self.driver.exchange(norm, new)

@@ -20,8 +20,7 @@ Calls
 Gone               assertions on metadata; casts, moves, expands, slices, reshapes, permutes, copies,
                    dropouts, detaches that do nothing; x * 1, x / 1, x + 0, x ** 1; --x; widening casts
                    before another cast; in-place operators on the model's own values, tensors filled part by
-               part (`cat`); equal values computed
-                   twice; dead code
+                   part (`cat`); equal values computed twice; dead code
 Shapes
     permuting      `permute` with all dimensions, never two in a row; before a reshape that keeps the
                    dimensions it touches

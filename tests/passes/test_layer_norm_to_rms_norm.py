@@ -572,7 +572,7 @@ def test_weights_centred_over_the_wrong_dimension_are_caught(monkeypatch):
 
 
 def test_another_eps_is_caught(monkeypatch):
-    right = made.arguments
-    monkeypatch.setattr(made, "arguments", lambda node: {**right(node), "eps": 2e-5})
+    right = _zero_mean.arguments
+    monkeypatch.setattr(_zero_mean, "arguments", lambda node: {**right(node), "eps": 2e-5})
     record = converted(OneNorm(lambda m, x: m.norm(m.a(x))), X)[1]
     assert "norm failed its proof" in record.error
