@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,7 @@ class Calibration:
             olds, news = (self.run(p, call, i) for p in (before, after))
             for old, new in zip(olds, news, strict=True):
                 if isinstance(old, Tensor) and isinstance(new, Tensor) and old.is_floating_point():
-                    away, size = (float(t.norm()) for t in (new.double() - old.double(), old.double()))
-                    worst = max(worst, away / size if size else float(away > 0))
+                    worst = max(worst, _relative(old.double(), new.double()))
         return worst
 
     def run(self, program: Program, call: Call, number: int = 0) -> list[Any]:
@@ -64,3 +64,13 @@ class Calibration:
             name: program.constants[slot.name] if slot.kind == "constant" else values[slot.name]
             for name, slot in program.state.items()
         }
+
+
+def _relative(old: Tensor, new: Tensor) -> float:
+    """|new - old| / |old| where either is finite; infinite where only one of them is."""
+    same = (old == new) | (old.isnan() & new.isnan())
+    away = float((new - old).masked_fill(same, 0.0).norm())
+    size = float(old.masked_fill(~old.isfinite(), 0.0).norm())
+    if math.isnan(away):
+        return math.inf
+    return away / size if size else float(away > 0)

@@ -1,5 +1,6 @@
 """drop-norm-mean: what it changes is measured on calibration data, and held to the budget."""
 
+import math
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import fxaccel
+from fxaccel.calibration import _relative
 from fxaccel.errors import OptionError
 from fxaccel.passes import DropNormMean
 from tests.helpers import session, targets
@@ -117,6 +119,17 @@ def test_training_goes_on_from_there():
     assert len(record.applied) == 1
     fast(X).square().sum().backward()
     assert all(p.grad is not None for p in fast.parameters())
+
+
+def test_a_value_that_is_lost_is_above_every_budget():
+    old = torch.tensor([3.0, 4.0, -torch.inf, torch.nan]).double()
+    assert _relative(old, old) == 0
+    assert _relative(old, old + torch.tensor([0.0, 0.5, 0.0, 0.0])) == pytest.approx(0.1)
+    assert _relative(old, old.nan_to_num(1.0)) == math.inf
+    for place in range(3):
+        new = old.clone()
+        new[place] = torch.nan
+        assert _relative(old, new) == math.inf
 
 
 class Declined(nn.Module):
