@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import fx
@@ -26,7 +26,7 @@ from fxaccel.errors import OptionError, RuleError
 from fxaccel.ir import Program, path
 from fxaccel.pattern import ANY, Match, Miss, Ops, Pattern
 
-__all__ = ["ANY", "Match", "Miss", "Ops", "Pass", "Refusals", "Rule", "Rules", "register"]
+__all__ = ["ANY", "Finder", "Match", "Miss", "Ops", "Pass", "Refusals", "Rule", "Rules", "register"]
 
 Refusals = Iterator[str]
 Numerics = Literal["bitwise", "reassociated", "lower_precision", "approximate"]
@@ -106,6 +106,14 @@ class Search(Protocol):
 
     def find(self, program: Program, root: fx.Node) -> Match | Miss:
         """The site at `root`, or how far it came."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finder:
+    """A Search made of the operators that its sites call and of a function of the program and a node."""
+
+    targets: frozenset[Any]
+    find: Callable[[Program, fx.Node], Match | Miss]
 
 
 class Rule(Rules):

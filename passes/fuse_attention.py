@@ -30,15 +30,9 @@ from fxaccel.passes._attention_scores import named
 from fxaccel.passes._attention_site import Site, called, padded, written_out
 from fxaccel.passes._attention_terms import B, D, H, Mask, Table
 from fxaccel.passes._attention_text import Emitter
-from fxaccel.rule import Match, Ops, Refusals, Rule, Rules, register
+from fxaccel.rule import Finder, Match, Ops, Refusals, Rule, Rules, register
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class _Search:
-    targets: frozenset[Any]
-    find: Any
 
 
 class Attention(Rule):
@@ -87,14 +81,14 @@ class ScaledDotProduct(Attention):
     """scaled_dot_product_attention becomes the flash kernel."""
 
     def traced(self):
-        return _Search(frozenset({aten.scaled_dot_product_attention.default}), called)
+        return Finder(frozenset({aten.scaled_dot_product_attention.default}), called)
 
 
 class WrittenOut(Attention):
     """Two products around a softmax over the keys become the flash kernel."""
 
     def traced(self):
-        return _Search(frozenset({aten.matmul.default}), written_out)
+        return Finder(frozenset({aten.matmul.default}), written_out)
 
 
 @register

@@ -15,7 +15,6 @@ Exact      agrees with the original within its own rounding (statistics in fp32,
 Source     Zhang & Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.06450.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +23,7 @@ from fxaccel.ir import Program
 from fxaccel.kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fxaccel.passes._norm_look_alikes import TARGETS, look_alike
 from fxaccel.pattern import Pattern
-from fxaccel.rule import ANY, Match, Miss, Ops, Refusals, Rule, Rules, register
-
-
-@dataclass(frozen=True)
-class _Search:
-    targets: frozenset[Any]
-    find: Any
+from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
 
 
 class Norm(Rule):
@@ -45,7 +38,7 @@ class Norm(Rule):
                 return Miss()  # of what comes near LookAlike tells
             return found
 
-        return _Search(pattern.targets, find)
+        return Finder(pattern.targets, find)
 
 
 def _adds_no_vector(m: Match) -> bool:
@@ -193,7 +186,7 @@ class LookAlike(Rule):
     """What only looks like a norm stays, and the report tells the difference."""
 
     def traced(self):
-        return _Search(TARGETS, look_alike)
+        return Finder(TARGETS, look_alike)
 
 
 @register
