@@ -20,7 +20,7 @@ from fxaccel.kernels._triton import next_power_of_2, tl, triton
 
 MAX_FORWARD = 16_384  # columns that one program keeps in registers
 MAX_BACKWARD = 16_384  # bytes of a row, here: the next row and two gradients are kept too
-TILE = 4_096  # elements of a tile of short rows
+TILE = 2_048  # elements of a tile of short rows
 WIDE = 2_048  # columns of a piece of a long row
 
 
@@ -34,7 +34,7 @@ class Config(NamedTuple):
 
 
 def forward_config(c: int) -> Config:
-    """32 elements a lane, which with weight and bias leaves room in 128 registers."""
+    """16 elements a lane of short rows: with weight and bias they fit into 64 registers."""
     block = next_power_of_2(c)
     if block > MAX_FORWARD:
         return Config(1, 2 * WIDE, 8, True)
@@ -42,12 +42,11 @@ def forward_config(c: int) -> Config:
 
 
 def backward_config(c: int, itemsize: int) -> Config:
-    """16 elements a lane: two gradients are kept, and the next tile is on its way."""
+    """As many in half precision, 8 in fp32: two gradients are kept, and the next tile is on its way."""
     block = next_power_of_2(c)
     if block * itemsize > MAX_BACKWARD:
         return Config(4, WIDE // 2, 8, True)
-    tile = TILE // 2
-    return Config(max(1, min(32, tile // block)), block, max(4, block // 512), False)
+    return Config(max(1, min(32, 2 * TILE // itemsize // block)), block, max(4, block // 512), False)
 
 
 @triton.jit

@@ -118,13 +118,13 @@ def test_rows_of_rms_norm_with_weights_and_bias_in_fp32(target, columns, kernel)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [rows_forward, rows_backward])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("columns", [1, 128, 256, 512, 2048, 16384, 32768])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_rows_in_full(target, dtype, columns, centred, kernel):
-    """RMSNorm without bias: with one, and 128 columns, ptxas spills 24 bytes to keep to 64 registers."""
-    kernel(target, dtype, columns, centred, centred)
+def test_rows_in_full(target, dtype, columns, centred, biased, kernel):
+    kernel(target, dtype, columns, centred, biased)
 
 
 PADDING, TENSOR, SLOPES = "(k <= q) & t0[b, k]", "t0[0, h, q, k]", "t0[h] * (k - q)"
