@@ -2,52 +2,108 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxaccel import evaluate
 from fxaccel.capture import Call
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program
+from fxaccel.quality import Budget, Measured
 from fxaccel.tree import random_kept
+
+FEW = 4  # calls below which none is held out
+AT_ONCE = 2**30  # bytes of moments that are summed in one run over the calls
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Calls of a model to run programs on, and the model whose tensors they read.
 
-    given     whether the user gave them; otherwise they are the call that was captured
+    given      whether the user gave them; otherwise they are the call that was captured
+    current    parameters that earlier captures have put in the place of the model's, by name
+
+    Every fourth call is held out, where there are FEW: decisions are made on the others and then tried on
+    these. What is run drops nothing and draws the same random numbers each time.
     """
 
     original: nn.Module
     calls: Sequence[Call]
     given: bool
+    current: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def change(self, before: Program, after: Program) -> float:
-        """Largest relative difference of an output over all calls: |new - old| / |old|, Euclidean norms."""
-        worst = 0.0
-        for i, call in enumerate(self.calls):
-            olds, news = (self.run(p, call, i) for p in (before, after))
-            for old, new in zip(olds, news, strict=True):
-                if isinstance(old, Tensor) and isinstance(new, Tensor) and old.is_floating_point():
-                    worst = max(worst, _relative(old.double(), new.double()))
-        return worst
+    @property
+    def held_out(self) -> list[int]:
+        """The calls that decisions are tried on."""
+        return [i for i in range(len(self.calls)) if i % 4 == 3]
 
-    def run(self, program: Program, call: Call, number: int = 0) -> list[Any]:
-        """The outputs of a program, always with the same random numbers."""
+    @property
+    def fitted(self) -> list[int]:
+        """The calls that decisions are made on."""
+        return [i for i in range(len(self.calls)) if i % 4 != 3]
+
+    @property
+    def source(self) -> str:
+        """What the calls are, in words."""
+        return "the calibration data" if self.given else "the call that was captured"
+
+    def quality(
+        self, budget: Budget, before: Program, after: Program,
+        numbers: Sequence[int] | None = None, swapped: Mapping[str, Tensor] | None = None,
+    ) -> Measured:  # fmt: skip
+        """The budget's metric of `after` against `before`, over all calls or those of `numbers`.
+
+        swapped    tensors for placeholders of `after`
+        """
+        said = []
+        for i in range(len(self.calls)) if numbers is None else numbers:
+            old, new = self.run(before, i), self.run(after, i, swapped)
+            said.append(budget.measure(before.out_spec, old, new))
+        return budget.together(said)
+
+    def moments(self, program: Program, values: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
+        """For each value [..., C] the sum of x x^T over its rows in the fitted calls: [C, C], float64."""
+        left = list(values)
+        while left:
+            now, size = list[fx.Node](), 0
+            while left and (not now or size + 8 * int(left[0].meta["val"].shape[-1]) ** 2 <= AT_ONCE):
+                now.append(left.pop(0))
+                size += 8 * int(now[-1].meta["val"].shape[-1]) ** 2
+            sums: dict[str, Tensor] = {}
+
+            def add(node: fx.Node, value: Tensor, sums: dict[str, Tensor] = sums) -> None:
+                rows = value.detach().reshape(-1, value.shape[-1])
+                rows = rows.float() if rows.dtype.itemsize < 4 else rows
+                product = (rows.mT @ rows).double()
+                sums[node.name] = sums[node.name] + product if node.name in sums else product
+
+            for i in self.fitted:
+                self.run(program, i, watch=dict.fromkeys((n.name for n in now), add))
+            yield from ((n, sums[n.name]) for n in now)
+
+    def run(
+        self, program: Program, number: int, swapped: Mapping[str, Tensor] | None = None,
+        watch: Mapping[str, Callable[[fx.Node, Any], None]] | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """The outputs of a program for a call, always with the same random numbers and nothing dropped.
+
+        watch     called with a node of this name and its value
+        """
+        call = self.calls[number]
         hint = "give calls of the structure, dtypes and sizes that the model is captured for"
         if call.spec != program.in_spec:
             raise OptionError(f"calibration call {number} has another structure than the captured one", hint)
+        still = program.facts(evaluate.calm)
         try:
             with torch.no_grad(), random_kept():
                 torch.manual_seed(0)
                 leaves = [x.clone() if isinstance(x, Tensor) else x for x in call.leaves]
-                return evaluate.run(program, self.state(program), leaves)
+                state = self.state(still) | dict(swapped or {})
+                return evaluate.run(still, state, leaves, watch=watch)
         except (RuntimeError, IndexError) as error:
             why = str(error).splitlines()[0]
             raise OptionError(
@@ -59,18 +115,12 @@ class Calibration:
         values: dict[str, Tensor] = dict(self.original.named_parameters(remove_duplicate=False))
         values |= {n: b.clone() for n, b in self.original.named_buffers(remove_duplicate=False)}
         for one in program.replacements:
-            values.update(zip(one.new, one.forward(*(values[n] for n in one.old)), strict=True))
+            if all(n in self.current for n in one.new):
+                made = tuple(self.current[n] for n in one.new)
+            else:
+                made = one.made(*(values[n] for n in one.old))
+            values.update(zip(one.new, made, strict=True))
         return {
             name: program.constants[slot.name] if slot.kind == "constant" else values[slot.name]
             for name, slot in program.state.items()
         }
-
-
-def _relative(old: Tensor, new: Tensor) -> float:
-    """|new - old| / |old| where either is finite; infinite where only one of them is."""
-    same = (old == new) | (old.isnan() & new.isnan())
-    away = float((new - old).masked_fill(same, 0.0).norm())
-    size = float(old.masked_fill(~old.isfinite(), 0.0).norm())
-    if math.isnan(away):
-        return math.inf
-    return away / size if size else float(away > 0)

@@ -92,7 +92,7 @@ def compare_runs(
     state = torch.get_rng_state()
     old = _observe(_isolated(original), eager, example, state)
     try:
-        new = _observe(_isolated(module._bare()), emitted, example, state)
+        new = _observe(_isolated(module), emitted, example, state)
     except Exception as error:  # whatever it raises, the model did not
         return Verdict(False, why=f"it raises {type(error).__name__}: {error}")
     if old.spec != new.spec:

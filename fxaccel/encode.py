@@ -208,7 +208,7 @@ def _replacement(one: Replacement, module: nn.Module) -> dict[str, Any]:
 def _traced(function: Any, example: list[Tensor]) -> dict[str, Any] | None:
     """A weight map as a graph, None where it cannot be written as one."""
     try:
-        traced = make_fx(lambda *t: tuple(function(*t)))(*example)
+        traced = make_fx(lambda *t: tuple(function(*t)), tracing_mode="fake")(*example)
         return _graph(traced.graph, traced)
     except (RuntimeError, ArtifactError, TypeError):
         return None

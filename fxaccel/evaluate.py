@@ -9,7 +9,7 @@ scaled to the eps of another dtype, is what rounding may do there (a random runn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,10 +162,11 @@ class Calm(TorchFunctionMode):
 def run_nodes(
     nodes: Iterable[fx.Node], env: dict[fx.Node, Any], root: torch.nn.Module, *, double: bool = False,
     still: bool = False, free: Mapping[fx.Node, Iterable[fx.Node]] | None = None,
+    watch: Mapping[str, Callable[[fx.Node, Any], None]] | None = None,
 ) -> None:  # fmt: skip
     """Evaluate `nodes`, in topological order, reading and extending `env`; drop nothing if `still`.
 
-    `free` has the values that leave `env` after a node.
+    `free` has the values that leave `env` after a node, `watch` what is told of the node of a name.
     """
     for node in nodes:
         if node.op == "get_attr":
@@ -182,6 +183,8 @@ def run_nodes(
             with entered(regions):
                 result = target(*args, **kwargs)
             env[node] = widen_result(result) if double else result
+        if watch and node.name in watch:
+            watch[node.name](node, env[node])
         for value in free.get(node, ()) if free else ():
             del env[value]
 
@@ -192,13 +195,16 @@ def widen_result(result: Any) -> Any:
 
 
 def run(
-    program: Program, state: dict[str, Tensor], leaves: Sequence[Any], *, double: bool = False
-) -> list[Any]:
+    program: Program, state: dict[str, Tensor], leaves: Sequence[Any], *, double: bool = False,
+    watch: Mapping[str, Callable[[fx.Node, Any], None]] | None = None,
+) -> list[Any]:  # fmt: skip
     """The program's flat outputs.
 
     state     placeholder name -> tensor, written to where the program writes to it
     leaves    the flattened inputs
+    watch     node name -> function that is called with the node and its value
     """
+    watch = watch or {}
     given = {n: leaves[i] for i, n in enumerate(program.inputs) if n is not None}
     env: dict[fx.Node, Any] = {}
     body: list[fx.Node] = []
@@ -206,9 +212,11 @@ def run(
         if node.op == "placeholder":
             env[node] = state[node.name] if node.name in program.state else given[node.name]
             env[node] = widen(env[node]) if double else env[node]
+            if node.name in watch:
+                watch[node.name](node, env[node])
         elif node.op == "output":
             free = last_uses(body, node.all_input_nodes)
-            run_nodes(body, env, program.root, double=double, free=free)
+            run_nodes(body, env, program.root, double=double, free=free, watch=watch)
             return list(fx.map_arg(node.args[0], lambda n: env[n]))
         else:
             body.append(node)

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from fxaccel.errors import RuleError
+from fxaccel.errors import CaptureError, RuleError
 from fxaccel.structure import Structure
 
 StateKind = Literal["parameter", "buffer", "constant"]
@@ -97,15 +97,31 @@ class Replacement:
     """Parameters that a pass put in the place of others, with the two-way map between them.
 
     old, new    names in the original and in the rewritten `state_dict`
-    forward     original tensors -> new tensors, in the order of `old` and `new`
+    forward     original tensors -> new tensors, in the order of `old` and `new`; None in a file that could
+                not hold it
     inverse     new tensors -> original tensors, or None where the original cannot be had back
+    initial     what the parameters become now, where `forward` would be dear or gives what is best for any
+                tensors and not for these; the module takes these tensors over
     """
 
     by: str
     old: tuple[str, ...]
     new: tuple[str, ...]
-    forward: Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., tuple[Tensor, ...]] | None
     inverse: Callable[..., tuple[Tensor, ...]] | None
+    initial: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
+
+    def made(self, *old: Tensor) -> tuple[Tensor, ...]:
+        """The new tensors, of the original ones as the pass found them or of any."""
+        if self.initial is not None:
+            return self.initial
+        if self.forward is None:
+            raise CaptureError(
+                f"{', '.join(self.old)} cannot be turned into what {self.by} made of them: the "
+                "file that was loaded does not hold the way there",
+                "accelerate the original again",
+            )
+        return self.forward(*old)
 
 
 def incremental(extend: Callable[[Program, Any, Sequence[fx.Node]], None]) -> Callable[[Any], Any]:
@@ -140,6 +156,9 @@ class Program:
     grad          whether gradients were enabled
     redrawn       whether a pass has changed which random numbers are drawn, not their distribution
     notes         sentences for the report: what capture had to specialise or could not keep
+    replacements  parameters that passes have put in the place of others in this graph
+    adopted       those that earlier captures of this module have; a pass does them again, as they are
+    calibration   fxaccel.calibration.Calibration: what a pass that is not exact decides by
     """
 
     graph: fx.Graph
@@ -161,6 +180,8 @@ class Program:
     redrawn: bool = False
     notes: list[str] = field(default_factory=list)
     replacements: list[Replacement] = field(default_factory=list)
+    adopted: tuple[Replacement, ...] = ()
+    calibration: Any = None
     _facts: dict[Callable[[Program], Any], Any] = field(default_factory=dict, repr=False)
 
     def facts(self, analysis: Callable[[Program], Any]) -> Any:

@@ -135,10 +135,12 @@ class Pieces:
                 return self.compiled(tree, made)(*args, **kwargs), [dict(vars(g)) for g in given]
 
         with _quiet():
-            verdict = compare_runs(emitted, original, module, example, None)
+            verdict = compare_runs(emitted, original, module._bare(), example, None)
             if not verdict.ok and any(p.redrawn for p in made):
                 still = True
-                verdict = replace(compare_runs(emitted, original, module, example, None, True), still=True)
+                verdict = replace(
+                    compare_runs(emitted, original, module._bare(), example, None, True), still=True
+                )
         if not verdict.ok:
             raise CaptureError(f"{self.why.message}; in pieces, {verdict.why}", self.why.hint) from self.why
         self.check = str(verdict)

@@ -25,6 +25,7 @@ from torch import fx
 from fxaccel.errors import OptionError, RuleError
 from fxaccel.ir import Program, path
 from fxaccel.pattern import ANY, Match, Miss, Ops, Pattern
+from fxaccel.quality import Budget
 
 __all__ = ["ANY", "Finder", "Match", "Miss", "Ops", "Pass", "Refusals", "Rule", "Rules", "register"]
 
@@ -67,6 +68,11 @@ class Pass:
     def apply(self, program: Program, plan: Any, driver: Any) -> None:
         """Edit the graph as planned, recording sites with `driver.applied` and `driver.refused`."""
         raise RuleError(f"pass {self.name!r} has no apply method")
+
+    def limit(self) -> Budget | None:
+        """How much a pass that is not exact may change: its option `budget`, None for no limit."""
+        budget = getattr(self, "budget", None)
+        return None if budget is None else Budget.of(budget)
 
     def covers(self, node: fx.Node) -> bool:
         """Whether the node lies in the modules that `where` names."""

@@ -237,33 +237,41 @@ class Session:
     def whole(self, raw: Program, original: nn.Module, module: Any, example: Call) -> Capture:
         passes = self.settings.passes
         exact = [p for p in passes if manager.is_exact(p)]
-        one, before = self.checked(raw, exact, original, module, example)
-        if len(exact) == len(passes) or one.program is raw:
-            return one
-        # What passes that are not exact change is measured; the check is of what the others did.
-        weights.give_back(module, before, self.replacements)
-        calls, check = self.settings.calibration, one.report.check
-        one = self.rewrite(raw, passes, Calibration(original, calls or (example,), bool(calls)))
+        if len(exact) == len(passes):
+            return self.checked(raw, exact, original, module, example)
+        # What passes that are not exact change is measured; the check is of what the others do.
+        first = self.checked(raw, exact, original, module, example, self.restored(module))
+        if first.program is raw:
+            return first
+        calls, current = self.settings.calibration, dict(module.named_parameters(remove_duplicate=False))
+        calibration = Calibration(original, calls or (example,), bool(calls), current)
+        one = self.rewrite(raw, passes, calibration)
         weights.adopt(module, one.program, self.replacements)
-        one.bind(module, self.dropped + len(self.all), self.settings.backend)
+        self.bind(one, module)
         one.loose = tuple(p.name for p in one.report.passes if p.change is not None)
+        check = first.report.check
         one.report.check = ", ".join([check, *(f"before {name}" for name in one.loose)]) if check else ""
         return one
 
     def checked(
-        self, raw: Program, passes: Sequence[Pass], original: nn.Module, module: Any, example: Call
-    ) -> tuple[Capture, weights.Before]:
-        """The capture after exact passes, compared with the model, and what undoes its new parameters."""
+        self, raw: Program, passes: Sequence[Pass], original: nn.Module, module: Any, example: Call,
+        scratch: nn.Module | None = None,
+    ) -> Capture:  # fmt: skip
+        """The capture after exact passes, compared with the model: over `module`, or a tree made for that."""
         one = self.rewrite(raw, passes)
-        before = weights.adopt(module, one.program, self.replacements)
-        one.bind(module, self.dropped + len(self.all), self.settings.backend)
+        tree, kept = (module, self.replacements) if scratch is None else (scratch, [])
+        before = weights.adopt(tree, one.program, kept)
+        self.bind(one, tree)
         if self.settings.check:
-            verdict = compare(one, original, module, example)
+            verdict = compare(one, original, module._bare() if scratch is None else scratch, example)
             if not verdict.ok:
-                weights.give_back(module, before, self.replacements)
-                return self.unrewritten(one, verdict, original, module, example), before
+                weights.give_back(tree, before, kept)
+                return self.unrewritten(one, verdict, original, module, example)
             one.report.check = str(verdict)
-        return one, before
+        return one
+
+    def bind(self, one: Capture, tree: nn.Module) -> None:
+        one.bind(tree, self.dropped + len(self.all), self.settings.backend)
 
     def piecewise(self, why: CaptureError, original: nn.Module, module: Any, example: Call) -> Pieces:
         """The model in several graphs, where it cannot be one."""
@@ -279,23 +287,23 @@ class Session:
     ) -> Capture:
         canonical = raw.copy()
         canonicalize(canonical)
-        settings = self.settings
-        run = manager.run(
-            canonical, passes, allow=settings.allow, strict=settings.strict, calibration=calibration
-        )
+        canonical.calibration, canonical.adopted = calibration, tuple(self.replacements)
+        run = manager.run(canonical, passes, allow=self.settings.allow, strict=self.settings.strict)
+        run.program.calibration = None  # it holds the user's calls
         run.program.drop_unused_state()
         run.report.notes += filter(None, [derived.note(run.program)])
         return Capture(raw, canonical, run.program, run.manifest, run.report, emit(run.program))
 
     def unrewritten(
-        self, one: Capture, verdict: Verdict, original: nn.Module, module: nn.Module, example: Call
+        self, one: Capture, verdict: Verdict, original: nn.Module, module: Any, example: Call
     ) -> Capture:
         """The capture without its passes, if they are to blame that it does not agree with the model."""
         if self.settings.strict:
             raise ProofError(f"the rewritten model is not the original: {verdict}")
         plain = replace(one, program=one.raw, manifest=Manifest(), code=emit(one.raw))
+        weights.adopt(module, one.raw, self.replacements)
         plain.bind(module, 0, "python")
-        again = compare(plain, original, module, example)
+        again = compare(plain, original, module._bare(), example)
         if not again.ok:
             raise CaptureError(
                 f"the captured graph does not compute what the model computes: {again}",
@@ -390,7 +398,7 @@ class Session:
         args, kwargs = one.program.in_spec.unflatten(leaves)
         tree = self.restored(module)
         tree.train(one.program.training)
-        return compare(one, tree, module, Call(args, kwargs))
+        return compare(one, tree, module._bare(), Call(args, kwargs))
 
     def rebound(self, module: nn.Module) -> Session:
         """The same captures over the tables of another module of equal structure."""

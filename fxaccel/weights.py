@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from fxaccel.errors import CaptureError
 from fxaccel.ir import Program, Replacement
 from fxaccel.tree import clone_tree
+
+ROUNDING = 256  # eps of its dtype that a tensor may lose on the way there and back and count as the same
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def adopt(module: nn.Module, program: Program, replacements: list[Replacement]) 
         if (one.by, one.old, one.new) in known:
             continue
         with torch.no_grad():
-            made = one.forward(*(module.get_parameter(n) for n in one.old))
+            made = one.made(*(module.get_parameter(n) for n in one.old))
         trains = any(module.get_parameter(n).requires_grad for n in one.old)
         for name in one.old:
             owner, key = _owner(module, name)
@@ -39,8 +42,23 @@ def adopt(module: nn.Module, program: Program, replacements: list[Replacement]) 
             owner, key = _owner(module, name)
             floating = tensor.dtype.is_floating_point
             owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
-        replacements.append(one)
+        replacements.append(replace(one, initial=None))
+    _refuse_lost(module, program, replacements)
     return before
+
+
+def _refuse_lost(module: nn.Module, program: Program, replacements: list[Replacement]) -> None:
+    """Raise where the graph reads a parameter that an earlier capture has replaced and this one has not."""
+    here = {(r.by, r.old, r.new) for r in program.replacements}
+    read = {slot.name for slot in program.state.values()}
+    for one in replacements:
+        lost = read.intersection(one.old)
+        if lost and (one.by, one.old, one.new) not in here:
+            raise CaptureError(
+                f"this call reads {', '.join(sorted(lost))}, which {one.by} has replaced in an earlier "
+                "capture and cannot replace here",
+                "see fast.report(); accelerate the model again for calls of this kind",
+            )
 
 
 def give_back(module: nn.Module, before: Before, replacements: list[Replacement]) -> None:
@@ -88,12 +106,38 @@ def to_original(state: Any, prefix: str, replacements: list[Replacement]) -> Any
 
 
 def from_original(state: Any, prefix: str, replacements: list[Replacement]) -> None:
-    """Turn a state_dict of the original, in place, into one of the module."""
+    """Turn a state_dict of the original, in place, into one of the module.
+
+    Warns where a tensor can only be come near to, and says by how much.
+    """
+    lost = dict[str, float]()
     for one in replacements:
         if all(prefix + n in state for n in one.old):
             old = [state.pop(prefix + n) for n in one.old]
             with torch.no_grad():
-                state.update(zip((prefix + n for n in one.new), one.forward(*old), strict=True))
+                made = one.made(*old)
+                state.update(zip((prefix + n for n in one.new), made, strict=True))
+                lost |= _lost(one, old, made)
+    if lost:
+        name = max(lost, key=lambda n: lost[n])
+        warnings.warn(
+            f"{len(lost)} tensors of the state_dict do not fit what has taken their place and were "
+            f"projected: {name} is off by {lost[name]:.2g} of its norm, the others by less",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _lost(one: Replacement, old: list[torch.Tensor], made: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """By how much of its norm each tensor is off after there and back, if by more than rounding explains."""
+    if one.inverse is None:
+        return {}
+    away = {}
+    for name, a, b in zip(one.old, old, one.inverse(*made), strict=True):
+        error = float((b - a).norm() / a.norm()) if a.any() else float(b.any())
+        if error > ROUNDING * torch.finfo(a.dtype).eps:
+            away[name] = error
+    return away
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

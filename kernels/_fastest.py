@@ -9,32 +9,21 @@ grows by one is tried again when it has doubled. The first way is taken untried 
 not wanted: while a graph is traced or recorded, and where deterministic algorithms are asked for.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxaccel.kernels._clock import least
+
 Way = Callable[..., Tensor]
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
-
-ROUNDS = 5
 
 
 def measured(runs: Sequence[Callable[[], Any]]) -> list[float]:
     """The least time in ms of each on the current GPU, by turns."""
-    best = [math.inf] * len(runs)
-    for turn in range(ROUNDS + 1):  # the first warms up
-        for i, run in enumerate(runs):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            if turn:
-                best[i] = min(best[i], start.elapsed_time(stop))
-    return best
+    return least(runs, torch.device("cuda"))
 
 
 class Fastest:

@@ -1,6 +1,5 @@
 """drop-norm-mean: what it changes is measured on calibration data, and held to the budget."""
 
-import math
 import warnings
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from torch import nn
 
 import fxaccel
-from fxaccel.calibration import _relative
 from fxaccel.errors import OptionError
 from fxaccel.passes import DropNormMean
 from tests.helpers import session, targets
@@ -79,11 +77,11 @@ def test_above_the_budget_nothing_is_changed():
     fast, record = dropped(model)
     assert not record.applied
     assert record.change is None
-    assert "it changes the outputs by 0." in record.error
-    assert "on the call that was captured, budget=0.01" in record.error
+    assert "change is 0." in record.error
+    assert "on the call that was captured, expected change<=0.01" in record.error
     assert change(model, fast, X) < 1e-6
     record = dropped(model, calibration=[(X,)])[1]
-    assert "on the calibration data, budget=0.01" in record.error
+    assert "on the calibration data, expected change<=0.01" in record.error
     assert len(dropped(model, budget=9.0)[1].applied) == 1
 
 
@@ -119,17 +117,6 @@ def test_training_goes_on_from_there():
     assert len(record.applied) == 1
     fast(X).square().sum().backward()
     assert all(p.grad is not None for p in fast.parameters())
-
-
-def test_a_value_that_is_lost_is_above_every_budget():
-    old = torch.tensor([3.0, 4.0, -torch.inf, torch.nan]).double()
-    assert _relative(old, old) == 0
-    assert _relative(old, old + torch.tensor([0.0, 0.5, 0.0, 0.0])) == pytest.approx(0.1)
-    assert _relative(old, old.nan_to_num(1.0)) == math.inf
-    for place in range(3):
-        new = old.clone()
-        new[place] = torch.nan
-        assert _relative(old, new) == math.inf
 
 
 class Declined(nn.Module):

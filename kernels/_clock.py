@@ -1,0 +1,44 @@
+"""The least time that each of several functions takes, run by turns in one process."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+ROUNDS = 5
+LEAST = 2e-4  # seconds of a measurement on the CPU, below which its clock is too coarse
+
+
+def least(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int = ROUNDS) -> list[float]:
+    """Milliseconds a call of each: on the CPU of this thread's time, on a GPU between two events."""
+    clock = _on_gpu if device.type == "cuda" else _on_cpu
+    repeats = [1] * len(runs)
+    best = [math.inf] * len(runs)
+    for turn in range(rounds + 1):  # the first warms up
+        for i, run in enumerate(runs):
+            taken = clock(run, repeats[i])
+            if turn:
+                best[i] = min(best[i], taken / repeats[i])
+            elif device.type != "cuda":
+                taken = clock(run, 1)
+                repeats[i] = max(1, math.ceil(1000 * LEAST / max(taken, 1e-6)))
+    return best
+
+
+def _on_cpu(run: Callable[[], Any], repeat: int) -> float:
+    start = time.thread_time()
+    for _ in range(repeat):
+        run()
+    return 1000 * (time.thread_time() - start)
+
+
+def _on_gpu(run: Callable[[], Any], repeat: int) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeat):
+        run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
