@@ -16,8 +16,8 @@ from fxaccel.ir import Program
 from fxaccel.quality import Budget, Measured
 from fxaccel.tree import random_kept
 
-FEW = 4  # calls below which none is held out
 AT_ONCE = 2**30  # bytes of moments that are summed in one run over the calls
+KEPT = 2**30  # bytes that the outputs of all calls may take to be kept
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Calibration:
     given      whether the user gave them; otherwise they are the call that was captured
     current    parameters that earlier captures have put in the place of the model's, by name
 
-    Every fourth call is held out, where there are FEW: decisions are made on the others and then tried on
+    Every fourth call is held out: decisions are made on the others and then tried on
     these. What is run drops nothing and draws the same random numbers each time.
     """
 
@@ -35,6 +35,7 @@ class Calibration:
     calls: Sequence[Call]
     given: bool
     current: Mapping[str, Tensor] = field(default_factory=dict)
+    _kept: dict[int, tuple[Program, list[Any]]] = field(default_factory=dict, repr=False)
 
     @property
     def held_out(self) -> list[int]:
@@ -61,9 +62,20 @@ class Calibration:
         """
         said = []
         for i in range(len(self.calls)) if numbers is None else numbers:
-            old, new = self.run(before, i), self.run(after, i, swapped)
+            old, new = self.outputs(before, i), self.run(after, i, swapped)
             said.append(budget.measure(before.out_spec, old, new))
         return budget.together(said)
+
+    def outputs(self, program: Program, number: int) -> list[Any]:
+        """The outputs of a program for a call; those that are compared with again and again are kept."""
+        kept = self._kept.get(number)
+        if kept is not None and kept[0] is program:
+            return kept[1]
+        leaves = self.run(program, number)
+        size = sum(t.nbytes for t in leaves if isinstance(t, Tensor))
+        if size * len(self.calls) <= KEPT:
+            self._kept[number] = program, leaves
+        return leaves
 
     def moments(self, program: Program, values: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
         """For each value [..., C] the sum of x x^T over its rows in the fitted calls: [C, C], float64."""

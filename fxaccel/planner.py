@@ -108,7 +108,7 @@ def _probe(place: Place) -> Alternative | None:
 
 def _slope(budget: Budget, probe: Alternative, seen: Measured) -> float:
     """The metric's growth with the square of the layer's error; of a change, that of its square."""
-    value = _additive(budget, max(seen.value, 0.0))
+    value = _additive(budget, abs(seen.value))  # a loss that falls by chance could as well have risen
     return value / probe.error**2 if probe.error else 0.0
 
 

@@ -132,6 +132,7 @@ def _text(capture: CaptureReport) -> str:
             rows.append(f"{p.name} changed nothing: {p.error}")
         elif p.change is not None:
             rows.append(f"{p.name} changes the outputs by {p.change:.2g} of their size")
+            rows += [f"{p.name} plan     {line}" for line in p.plan.splitlines()]
         rows += [f"{p.name} refused  {line}" for line in _counted(p.refused)]
         rows += [f"{p.name} near     {line}" for line in _counted(p.near_misses)]
     rows += [f"note: {n}" for n in capture.notes]

@@ -12,7 +12,20 @@ LEAST = 2e-4  # seconds of a measurement on the CPU, below which its clock is to
 
 
 def least(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int = ROUNDS) -> list[float]:
-    """Milliseconds a call of each: on the CPU of this thread's time, on a GPU between two events."""
+    """Milliseconds a call of each: of one thread's time on the CPU, between two events on a GPU.
+
+    One thread, for with more the time would be that of waiting for the slowest, which depends on what else
+    the machine does.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _least(runs, device, rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _least(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int) -> list[float]:
     clock = _on_gpu if device.type == "cuda" else _on_cpu
     repeats = [1] * len(runs)
     best = [math.inf] * len(runs)

@@ -1,0 +1,46 @@
+"""What the tests of the structured matrices' operators share: the interpreter, and bounds."""
+
+import pytest
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from fxaccel.kernels import _butterfly, _gemm, _monarch
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MODULES = (_butterfly, _gemm, _monarch)
+
+
+@pytest.fixture(scope="module")
+def interpreted(device):
+    """Our kernels as interpreted functions on the CPU, where `device` has turned the language to that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if device.type == "cpu":
+            for module in MODULES:
+                for name, value in list(vars(module).items()):
+                    if isinstance(value, JITFunction):
+                        patch.setattr(module, name, triton.jit(value.fn))
+        yield device
+
+
+def results(f, args, dy, *rest):
+    """y and the gradients of the tensors among `args`."""
+    given = [t if t is None else t.detach().clone().requires_grad_() for t in args]
+    y = f(*given, *rest)
+    leaves = [t for t in given if t is not None]
+    return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def absolute(f, args, dy, *rest):
+    """The same list of every sum's absolute terms: what its rounding error goes with."""
+    given = [t if t is None else t.detach().double().abs() for t in args]
+    return results(f, given, dy.double().abs(), *rest)
+
+
+def within(got, exact, terms, eps, roundings):
+    """Each element is within `roundings` eps of the sum of its absolute terms, to first order."""
+    assert got.shape == exact.shape
+    got, exact, terms = (t.detach().double().cpu() for t in (got, exact, terms))
+    assert torch.isfinite(got).all()
+    excess = (got - exact).abs() - roundings * eps * terms
+    assert not got.numel() or excess.max() <= 0, f"{excess.max():.3g} over the bound"
