@@ -16,6 +16,7 @@ from fxaccel.ir import Program
 from fxaccel.quality import Budget, Measured
 from fxaccel.tree import random_kept
 
+PARTS = 4  # calls in a round of those that are fitted to, decide, and are held out
 AT_ONCE = 2**30  # bytes of moments that are summed in one run over the calls
 KEPT = 2**30  # bytes that the outputs of all calls may take to be kept
 
@@ -27,8 +28,9 @@ class Calibration:
     given      whether the user gave them; otherwise they are the call that was captured
     current    parameters that earlier captures have put in the place of the model's, by name
 
-    Every fourth call is held out: decisions are made on the others and then tried on
-    these. What is run drops nothing and draws the same random numbers each time.
+    What is fitted to some calls does better on them than elsewhere, and what is chosen by some does too: so
+    they are parted, unless there are fewer than PARTS. What is run drops nothing and draws the same random
+    numbers each time.
     """
 
     original: nn.Module
@@ -38,14 +40,23 @@ class Calibration:
     _kept: dict[int, tuple[Program, list[Any]]] = field(default_factory=dict, repr=False)
 
     @property
-    def held_out(self) -> list[int]:
-        """The calls that decisions are tried on."""
-        return [i for i in range(len(self.calls)) if i % 4 == 3]
+    def fitted(self) -> list[int]:
+        """The calls that weights are fitted to: every second one."""
+        return self._every(0, 2)
 
     @property
-    def fitted(self) -> list[int]:
-        """The calls that decisions are made on."""
-        return [i for i in range(len(self.calls)) if i % 4 != 3]
+    def deciding(self) -> list[int]:
+        """The calls that decisions are made on: every fourth."""
+        return self._every(1)
+
+    @property
+    def held_out(self) -> list[int]:
+        """The calls that decisions are tried on: every fourth; none of fewer than PARTS."""
+        return self._every(3) if len(self.calls) >= PARTS else []
+
+    def _every(self, *places: int) -> list[int]:
+        numbers = range(len(self.calls))
+        return [i for i in numbers if i % PARTS in places] if len(numbers) >= PARTS else list(numbers)
 
     @property
     def source(self) -> str:

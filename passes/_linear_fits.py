@@ -23,6 +23,8 @@ from fxaccel.progress import tracked
 from fxaccel.quality import Budget, Measured
 from fxaccel.rule import Ops
 
+DAMPING = 0.1  # of the mean square of an input, that is taken to be in every direction: calls are a sample
+
 STRUCTURES: dict[str, type[StructuredMatrix]] = {
     **KINDS, "butterfly": Monarch, "radix-2-butterfly": KINDS["butterfly"],
 }  # fmt: skip
@@ -186,12 +188,15 @@ class Fits:
         weight = self.weight(site)
         if not bool(weight.isfinite().all()):
             raise OptionError(f"{site.name} holds values that are not finite, expected finite ones")
-        gram = None if gram is None else gram.to(weight.device)
-        spectrum = _spectrum(weight, gram)
+        if gram is not None:
+            gram = gram.to(weight.device, copy=True)
+            gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+        spectrum, target = _spectrum(weight, gram), Target.of(weight, gram)
         alternatives = []
         for one in candidates:
             matrix = one.matrix
-            factors = matrix.fit(weight, gram, steps=self.options.steps, seed=self.options.seed)
+            nearest = matrix.nearest(target, self.options.steps, self.options.seed)
+            factors = tuple(f.to(weight.dtype).contiguous() for f in nearest)
             error = matrix.error(weight, factors, gram)
             told = f"{matrix}: {one.figures}, off by {error:.2g}" + _beside(matrix, spectrum)
             fitted = Fitted(Structured(matrix, site.flipped), factors, told)

@@ -195,7 +195,7 @@ class ReplaceLinear(Pass):
         places = fits.places(open_to)
         outcome = choose(
             places, budget,
-            lambda c: fits.tried(measured, c, calibration.fitted),
+            lambda c: fits.tried(measured, c, calibration.deciding),
             (lambda c: fits.tried(measured, c, held)) if held else None,
             parameter_bytes(fits.program),
         )  # fmt: skip
@@ -247,7 +247,7 @@ def _basis(budget: Budget, measured: Budget, outcome: Outcome, calibration: Cali
     metric = measured.metric
     if not calibration.given:
         return f"{budget}: {metric} is {outcome.decided} on the captured call, the only one there was"
-    told = f"{budget}: {metric} is {outcome.decided} on the {len(calibration.fitted)} calls that decided"
+    told = f"{budget}: {metric} is {outcome.decided} on the {len(calibration.deciding)} calls that decided"
     if outcome.held_out is None:
         return f"{told}; with so few none was held out, and nothing says that it holds elsewhere"
     return f"{told}, {outcome.held_out} on {len(calibration.held_out)} held out"

@@ -121,15 +121,25 @@ class StructuredMatrix(ABC):
                 f"the weight is {list(weight.shape)}, expected [{self.rows}, {self.columns}]",
                 f"make a {type(self).__name__} of the weight's sizes",
             )
+        factors = self.nearest(Target.of(weight, gram), steps, seed, progress)
+        return tuple(f.to(weight.dtype).contiguous() for f in factors)
+
+    def nearest(
+        self,
+        target: Target,
+        steps: int = 0,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Factors:
+        """As `fit`, to a target that several structures can share, in its dtype."""
         report = (lambda done: progress(done + 1, steps + 1)) if progress is not None else (lambda done: None)
         with torch.inference_mode(False), torch.no_grad():
-            target = Target.of(weight, gram)
             factors = self.project(target, seed)
             report(0)
             if steps:
                 factors = self._descended(target, factors, steps, report)
                 report(steps)
-            return tuple(f.to(weight.dtype).contiguous() for f in factors)
+            return factors
 
     def _descended(
         self, target: Target, factors: Factors, steps: int, report: Callable[[int], None] | None = None

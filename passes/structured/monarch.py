@@ -135,7 +135,8 @@ class Monarch(StructuredMatrix):
             rest = w - up @ down
             for k in blocks:
                 rest[..., k, :, :] = w[:, k]
-                seen = torch.einsum("...ljsp,jpq->...lsq", rest, gram[:, :, k])
+                flat = rest.transpose(-3, -2).flatten(-2)  # [..., l, s, (j p)]: one product, not k
+                seen = flat @ gram[:, :, k].flatten(0, 1)
                 up[..., k, :, :], down[..., k, :, :] = near(seen @ inverse[k].mH, k)
                 rest[..., k, :, :] -= up[..., k, :, :] @ down[..., k, :, :]
             return [up, down]

@@ -1,26 +1,8 @@
-"""What the tests of the structured matrices' operators share: the interpreter, and bounds."""
+"""What the tests of the structured matrices' operators share: results, and bounds."""
 
-import pytest
 import torch
-import triton
-from triton.runtime.jit import JITFunction
-
-from fxaccel.kernels import _butterfly, _gemm, _monarch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MODULES = (_butterfly, _gemm, _monarch)
-
-
-@pytest.fixture(scope="module")
-def interpreted(device):
-    """Our kernels as interpreted functions on the CPU, where `device` has turned the language to that."""
-    with pytest.MonkeyPatch.context() as patch:
-        if device.type == "cpu":
-            for module in MODULES:
-                for name, value in list(vars(module).items()):
-                    if isinstance(value, JITFunction):
-                        patch.setattr(module, name, triton.jit(value.fn))
-        yield device
 
 
 def results(f, args, dy, *rest):

@@ -5,7 +5,7 @@ import cmath
 import pytest
 import torch
 import torch.nn.functional as F
-from structured import DTYPES, absolute, interpreted, results, within  # noqa: F401  a fixture
+from structured import DTYPES, absolute, results, within
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxaccel.kernels import _butterfly
@@ -81,9 +81,9 @@ def test_both_ways_of_the_cpu_kernel(way, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", SIZES)
-def test_launch(size, rows, dtype, biased, reversed, interpreted):  # noqa: F811
+def test_launch(size, rows, dtype, biased, reversed, device):
     """One rounding, or in the interpreter's bfloat16 one truncation."""
-    args, dy, out = tensors(size, rows, dtype, interpreted, biased)
+    args, dy, out = tensors(size, rows, dtype, device, biased)
     x, twiddle, b = args
     y = _butterfly.launch_forward(x, twiddle, b, out, reversed)
     got = [y, *_butterfly.launch_backward(dy, x, twiddle, reversed)]
@@ -102,9 +102,9 @@ def test_which_kernel_runs(hip, most, monkeypatch):
     assert ran == ["one launch", "multiplied out", "multiplied out"]
 
 
-def test_programs_that_take_several_tiles(interpreted, monkeypatch):  # noqa: F811
+def test_programs_that_take_several_tiles(device, monkeypatch):
     monkeypatch.setattr(_butterfly, "PROGRAMS", 6)
-    args, dy, out = tensors("32, three stacks", 123, device=interpreted)
+    args, dy, out = tensors("32, three stacks", 123, device=device)
     x, twiddle, _ = args
     runs = [_butterfly.launch_backward(dy, x, twiddle, True) for _ in range(2)]
     compare(
@@ -132,15 +132,15 @@ def ways(device):
 
 
 @pytest.mark.parametrize("levels", range(1, 8))
-def test_hadamard_exactly(levels, interpreted):  # noqa: F811
+def test_hadamard_exactly(levels, device):
     """Twiddles of 1 and -1: sums of small whole numbers, without rounding."""
     n, h = 2**levels, torch.ones(1, 1)
     for _ in range(levels):
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    twiddle = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).expand(1, levels, n // 2, 2, 2).to(interpreted)
-    x = torch.arange(3 * n).view(3, n).remainder(7).float().to(interpreted)
-    for f in ways(interpreted):
-        assert torch.equal(f(x, twiddle, None, n), x @ h.to(interpreted))
+    twiddle = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).expand(1, levels, n // 2, 2, 2).to(device)
+    x = torch.arange(3 * n).view(3, n).remainder(7).float().to(device)
+    for f in ways(device):
+        assert torch.equal(f(x, twiddle, None, n), x @ h.to(device))
 
 
 def fourier(n):
@@ -181,24 +181,24 @@ def test_two_factors_written_out():
 
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
-def test_strides(layout, which, interpreted):  # noqa: F811
-    (x, twiddle, b), _, out = tensors("8, wider", 7, device=interpreted)
+def test_strides(layout, which, device):
+    (x, twiddle, b), _, out = tensors("8, wider", 7, device=device)
     change = {
         "transposed": lambda t: t.mT.contiguous().mT,
         "sliced": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
     }[layout]
-    f = list(ways(interpreted))[which]
+    f = list(ways(device))[which]
     args = (change(x), change(twiddle), torch.stack([b, b], 1)[:, 0])
     assert not args[0].is_contiguous()
     torch.testing.assert_close(f(*args, out, True), f(x, twiddle, b, out, True))
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3), (2, 0, 3)], ids=str)
-def test_leading_dimensions(shape, interpreted):  # noqa: F811
-    (_, twiddle, b), _, out = tensors("8, wider", 1, device=interpreted)
-    x = torch.randn(*shape, 8, device=interpreted)
+def test_leading_dimensions(shape, device):
+    (_, twiddle, b), _, out = tensors("8, wider", 1, device=device)
+    x = torch.randn(*shape, 8, device=device)
     want = kernel.reference(x, twiddle, b, out)
-    for f in (*ways(interpreted), kernel.direct):
+    for f in (*ways(device), kernel.direct):
         got = f(x, twiddle, b, out)
         assert got.shape == (*shape, out)
         torch.testing.assert_close(got, want)

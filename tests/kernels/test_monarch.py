@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from structured import DTYPES, absolute, interpreted, results, within  # noqa: F401  a fixture
+from structured import DTYPES, absolute, results, within
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxaccel.kernels import _blocks, _monarch
@@ -102,16 +102,16 @@ def forward_and_backward(launch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", SIZES)
-def test_launch(size, rows, dtype, biased, interpreted):  # noqa: F811
-    args, dy, out = tensors(size, rows, dtype, interpreted, biased)
+def test_launch(size, rows, dtype, biased, device):
+    args, dy, out = tensors(size, rows, dtype, device, biased)
     compare(forward_and_backward(_monarch.launch_save), size, args, dy, out, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", SIZES)
-def test_launch_fused(size, rows, dtype, interpreted):  # noqa: F811
-    args, _, out = tensors(size, rows, dtype, interpreted)
+def test_launch_fused(size, rows, dtype, device):
+    args, _, out = tensors(size, rows, dtype, device)
     x, right, left, b = args
     exact = kernel.reference(*(t.double() for t in args), out)
     terms = kernel.reference(*(t.double().abs() for t in args), out)
@@ -142,9 +142,9 @@ def relayouts(t):
 
 @pytest.mark.parametrize("how", ["op", "apart", "fused"])
 @pytest.mark.parametrize("layout", range(2), ids=["transposed", "sliced"])
-def test_strides(layout, how, interpreted):  # noqa: F811
+def test_strides(layout, how, device):
     size = "t 3, cut and padded"
-    args, dy, out = tensors(size, 7, device=interpreted)
+    args, dy, out = tensors(size, 7, device=device)
     args = [list(relayouts(t))[layout] if t.ndim > 1 else torch.stack([t, t], 1)[:, 0] for t in args]
     dy = list(relayouts(dy))[layout]
     if how == "fused":
@@ -161,9 +161,9 @@ def test_strides(layout, how, interpreted):  # noqa: F811
 
 @pytest.mark.parametrize("how", ["op", "direct", "apart", "fused"])
 @pytest.mark.parametrize("shape", [(), (2, 3), (2, 0, 3)], ids=str)
-def test_leading_dimensions(shape, how, interpreted):  # noqa: F811
-    (_, right, left, b), _, out = tensors("t 16", 1, device=interpreted)
-    x = torch.randn(*shape, 36, device=interpreted)
+def test_leading_dimensions(shape, how, device):
+    (_, right, left, b), _, out = tensors("t 16", 1, device=device)
+    x = torch.randn(*shape, 36, device=device)
     ways = {
         "op": kernel.op,
         "direct": kernel.direct,
@@ -181,12 +181,12 @@ def test_leading_dimensions(shape, how, interpreted):  # noqa: F811
             torch.testing.assert_close(g, w)
 
 
-def test_h_is_rounded_between_the_factors(interpreted):  # noqa: F811
+def test_h_is_rounded_between_the_factors(device):
     """h is 1 + 2**-12 before it rounds to 1, and y, which takes 1 from it, would be 2**-12."""
-    x = torch.tensor([[1.0, 2.0**-12]], dtype=torch.float16, device=interpreted)
-    right = torch.ones(1, 1, 2, dtype=torch.float16, device=interpreted)
-    left = torch.ones(1, 1, 1, dtype=torch.float16, device=interpreted)
-    b = -torch.ones(1, dtype=torch.float16, device=interpreted)
+    x = torch.tensor([[1.0, 2.0**-12]], dtype=torch.float16, device=device)
+    right = torch.ones(1, 1, 2, dtype=torch.float16, device=device)
+    left = torch.ones(1, 1, 1, dtype=torch.float16, device=device)
+    b = -torch.ones(1, dtype=torch.float16, device=device)
     for f in (kernel.reference, kernel.op, _monarch.launch_fused, lambda *a: _monarch.launch_save(*a)[0]):
         assert f(x, right, left, b, 1).item() == 0
 
