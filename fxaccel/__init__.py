@@ -15,10 +15,11 @@ from fxaccel.errors import (
     RuleError,
 )  # fmt: skip
 from fxaccel.module import AcceleratedModule, accelerate
+from fxaccel.quality import Budget
 from fxaccel.rule import Pass, Rule, Rules, register
 
 __all__ = [
-    "AcceleratedModule", "ArtifactError", "CaptureError", "FxaccelError", "OptionError", "Pass",
+    "AcceleratedModule", "ArtifactError", "Budget", "CaptureError", "FxaccelError", "OptionError", "Pass",
     "ProofError", "Rule", "RuleError", "Rules", "accelerate", "load", "register",
 ]  # fmt: skip
 __version__ = "0.1.0"

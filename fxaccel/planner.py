@@ -130,7 +130,9 @@ def _cheap(
         return all(one(choice).value <= budget.limit for one in (trial, *held))
 
     options = [
-        (p.name, p.cost, [(slopes[p.name] * a.error**2, a.cost, a) for a in p.alternatives]) for p in places
+        (p.name, p.cost, [(slopes[p.name] * a.error**2, a.cost, a) for a in p.alternatives])
+        for p in places
+        if math.isfinite(slopes.get(p.name, 0.0))  # else it alone makes the model worthless
     ]
     best, best_cost = dict[str, Alternative](), sum(p.cost for p in places)
     low, high = 0.0, math.inf

@@ -289,7 +289,7 @@ class Session:
         canonicalize(canonical)
         canonical.calibration, canonical.adopted = calibration, tuple(self.replacements)
         run = manager.run(canonical, passes, allow=self.settings.allow, strict=self.settings.strict)
-        run.program.calibration = None  # it holds the user's calls
+        canonical.calibration = run.program.calibration = None  # it holds the user's calls
         run.program.drop_unused_state()
         run.report.notes += filter(None, [derived.note(run.program)])
         return Capture(raw, canonical, run.program, run.manifest, run.report, emit(run.program))

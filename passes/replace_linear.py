@@ -68,7 +68,7 @@ class ReplaceLinear(Pass):
     structure         kinds that compete, joined by "|": butterfly (in two factors: monarch), monarch,
                       radix-2-butterfly, low-rank, block-diagonal-low-rank
     budget            how much worse the model may become: "change<=0.01", "kl<=0.02", "loss<=+1%",
-                      "size<=0.5", or a fxaccel.quality.Budget with a function of your own
+                      "size<=0.5", or a fxaccel.Budget with a function of your own
     share             parameters of a structured matrix, of the dense one's; 0 lets the plan choose
     also              what is else left alone, joined by "|": attention-outputs, heads, embeddings
     init              "weights" projects the weights; "random" draws factors to train from, in the variance of

@@ -122,6 +122,13 @@ def test_a_size_is_reached_at_the_least_effect():
         choose(PLACES, Budget("size", 0.5), change, None, total)
 
 
+def test_a_place_that_alone_makes_the_model_worthless_stays():
+    model = Model({**WEIGHTS, "b": math.inf})
+    found = choose(PLACES, Budget("kl", 0.05), model, None)
+    assert "b" not in found.chosen
+    assert len(found.chosen) >= 2
+
+
 def test_nothing_to_choose_from_is_no_error():
     found = choose([place("a", 1.0)], Budget("kl", 1.0), Model({}), None)
     assert (found.chosen, found.effects) == ({}, {})
