@@ -115,11 +115,14 @@ def test_a_budget_that_nothing_fits_leaves_all_with_what_each_would_do():
 
 
 def test_low_rank_of_as_many_parameters_is_told_of_beside_each():
-    record = replaced(Net().eval(), structure="monarch", share=0.5, budget=9.0)[1]
-    for site in record.applied:
-        assert site.why.startswith("monarch(")
-        assert ", low-rank(" in site.why
-        assert " of as many parameters by 0." in site.why
+    model = Net().eval()
+    record = replaced(model, structure="monarch", share=0.5, budget=9.0, aware=False)[1]
+    assert len(record.applied) == 2
+    for site, linear in zip(record.applied, (model.up, model.down), strict=True):
+        matrix = Monarch.sized(*linear.weight.shape, 0.5)
+        low = LowRank(*linear.weight.shape, matrix.parameters // sum(linear.weight.shape))
+        ours, its = (m.error(linear.weight, m.fit(linear.weight)) for m in (matrix, low))
+        assert site.why.endswith(f"off by {ours:.2g}, {low} of as many parameters by {its:.2g}")
 
 
 @pytest.mark.parametrize(
@@ -355,6 +358,9 @@ def test_a_transposed_weight_comes_back_as_it_was():
     torch.testing.assert_close(fast(*calls(1)[0]), model(*calls(1)[0]), rtol=1e-4, atol=1e-4)
     assert fast.state_dict()["0.weight"].shape == (WIDTH, 48)
     torch.testing.assert_close(fast.state_dict()["0.weight"], model[0].weight.data, rtol=1e-4, atol=1e-4)
+    other = torch.randn(WIDTH, 4) @ torch.randn(4, 48)
+    fast.load_state_dict({**model.state_dict(), "0.weight": other})
+    torch.testing.assert_close(fast.state_dict()["0.weight"], other, rtol=1e-4, atol=1e-4)
 
 
 class Twice(nn.Module):
