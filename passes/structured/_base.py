@@ -121,8 +121,9 @@ class StructuredMatrix(ABC):
                 f"the weight is {list(weight.shape)}, expected [{self.rows}, {self.columns}]",
                 f"make a {type(self).__name__} of the weight's sizes",
             )
-        factors = self.nearest(Target.of(weight, gram), steps, seed, progress)
-        return tuple(f.to(weight.dtype).contiguous() for f in factors)
+        with torch.inference_mode(False), torch.no_grad():
+            factors = self.nearest(Target.of(weight, gram), steps, seed, progress)
+            return tuple(f.to(weight.dtype).contiguous() for f in factors)
 
     def nearest(
         self,

@@ -17,6 +17,7 @@ SWEEPS, FEWEST, WORK = 20, 4, 2**25  # at most; of large matrices so many that s
 POLISH = 500  # steps of L-BFGS after the sweeps of a small one, at most
 TRIAL, KEPT = 100, 8  # after so many steps the best starts of each group go on
 STILL = 1e-8  # a sweep that lowers the squared error by less, relatively, is the last, and CHUNK steps are
+ALMOST = 1e-3  # the same of large matrices: what further sweeps gain there is less than what calls differ by
 CHUNK = 10
 MEMORY = 8  # pairs that L-BFGS keeps
 ENOUGH = 1e-4  # of the slope: what a step has to lower the error by (Armijo)
@@ -59,7 +60,7 @@ def alternate(
             for m, f in zip(moved, state, strict=True)
         ]
         now = torch.where(lower, now, before)
-        if bool((before - now <= STILL * now + floor).all()):
+        if bool((before - now <= (STILL if small else ALMOST) * now + floor).all()):
             break
         before = now
     if small and not bool((before.amin(0) <= floor).all()):
