@@ -197,8 +197,8 @@ def _measure(driver: Driver, before: Program) -> None:
     if budget is None or any(r.by == driver.one.name for r in before.adopted):
         return  # what is in place since an earlier capture was held to the budget there
     found = calibration.quality(budget, before, driver.program)
-    if not found.value <= budget.limit:
-        raise OptionError(f"{budget.metric} is {found.value:.2g} on {calibration.source}, expected {budget}")
+    if not found.bound <= budget.limit:
+        raise OptionError(f"{budget.metric} is {found} on {calibration.source}, expected {budget}")
 
 
 def _check(before: Program, after: Program, one: Pass) -> None:

@@ -127,7 +127,7 @@ def _cheap(
 
     def fits(choice: Choice) -> bool:
         held = [] if held_out is None else [held_out]
-        return all(one(choice).value <= budget.limit for one in (trial, *held))
+        return all(one(choice).bound <= budget.limit for one in (trial, *held))
 
     options = [
         (p.name, p.cost, [(slopes[p.name] * a.error**2, a.cost, a) for a in p.alternatives])

@@ -37,6 +37,11 @@ class Measured:
     value: float
     error: float = 0.0
 
+    @property
+    def bound(self) -> float:
+        """What the value would be with bad luck: two standard errors up. A budget is kept if this is."""
+        return self.value + 2 * self.error
+
     def __str__(self) -> str:
         return f"{self.value:.3g}" + (f" +- {self.error:.1g}" if self.error else "")
 

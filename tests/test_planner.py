@@ -112,6 +112,15 @@ def test_calls_that_were_held_out_have_the_last_word():
     assert found.chosen
 
 
+def test_a_mean_keeps_the_budget_with_two_standard_errors_added():
+    def unsure(choice):
+        return Measured(Model(WEIGHTS)(choice).value, 0.01 if choice else 0.0)
+
+    found = choose(PLACES, Budget("kl", 0.05), unsure, None)
+    assert found.chosen == choose(PLACES, Budget("kl", 0.03), Model(WEIGHTS), None).chosen
+    assert not choose(PLACES, Budget("kl", 0.015), unsure, None).chosen
+
+
 def test_a_size_is_reached_at_the_least_effect():
     total = 4960  # bytes, of which the places hold 2500
     found = choose(PLACES, Budget("size", 0.75), change, None, total)
