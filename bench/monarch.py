@@ -1,7 +1,8 @@
 """Monarch and butterfly layers on the CPU against the dense layer of the same size: python bench/monarch.py
 
-forward    seconds of the dense linear, of ours (`direct`), and of ours without the two permutations; B5 of
-           the targets asks for 0.8 of the flop ratio: B / 2 where each factor has C**2 / B elements.
+forward    seconds of the dense linear, of ours (`direct`), of the two products without a permutation, and of
+           ours with a permutation after each, as training has it; B5 of the targets asks for 0.8 of the flop
+           ratio: B / 2 where each factor has C**2 / B elements.
 training   forward and backward of every input.
 butterfly  forward and training beside the dense layer; `passes` is the factors one after the other: where the
            two cross is FEW of kernels/butterfly.py.
@@ -59,6 +60,7 @@ def monarch_case(n: int, rows: int, blocks: int, t: int) -> dict[str, Any]:
         "dense": forward(F.linear, x, w),
         "fxaccel": forward(ours, x, right, left),
         "products": forward(products, x, right, left),
+        "two shuffles": forward(lambda x, r, s: monarch.save(x, r, s, None, n)[0], x, right, left),
     }
     training = {"dense training": trained(F.linear, x, w), "fxaccel training": trained(ours, x, right, left)}
     times = [interleaved(c, rounds=ROUNDS, repeat=repeat) for c in (calls, training)]

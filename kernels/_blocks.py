@@ -60,6 +60,25 @@ def pair(x: Tensor, first: Tensor, groups: int, second: Tensor, then: int) -> tu
     return shuffle(y, then), between
 
 
+def chain(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """`pair` by the groups of `second`, where nobody wants what it reads.
+
+    That is made with the rows side by side, [(r l), N]: BLAS reads the features of a group apart, and no
+    shuffle is needed between the products (bench/monarch.py: 1.0 to 1.9 times as fast as with one). Of one
+    row nothing is apart.
+    """
+    n, (g, _, a), (groups, c, r) = len(x), first.shape, second.shape
+    if n == 1:
+        return pair(x, first, r, second, groups)[0]
+    between = torch.bmm(first, x.view(n, g, a).permute(1, 2, 0)).view(r, groups, n).permute(1, 2, 0)
+    if n * c * r <= SMALL:
+        y = torch.bmm(between, second.mT).transpose(0, 1).contiguous()
+    else:
+        y = x.new_empty(n, groups, c)
+        torch.bmm(between, second.mT, out=y.transpose(0, 1))
+    return shuffle(y.view(n, groups * c), groups)
+
+
 def odd(x: Tensor, **factors: tuple[Tensor | None, int]) -> Iterator[str]:
     """Why the dtypes, or the numbers of dimensions, of x and its factors are not for our kernels."""
     if x.dtype not in DTYPES:
