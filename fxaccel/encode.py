@@ -201,7 +201,7 @@ def _replacement(one: Replacement, module: nn.Module) -> dict[str, Any]:
     if one.inverse is not None:
         old = list(one.inverse(*new))
         inverse = _traced(one.inverse, new)
-    forward = None if old is None else _traced(one.forward, old)
+    forward = None if old is None or one.forward is None else _traced(one.forward, old)
     return {"by": one.by, "old": one.old, "new": one.new, "forward": forward, "inverse": inverse}
 
 

@@ -192,11 +192,13 @@ def _measure(driver: Driver, before: Program) -> None:
     calibration = before.calibration
     if calibration is None:
         return
-    driver.record.change = calibration.quality(Budget("change", math.inf), before, driver.program).value
-    budget = driver.one.limit()
+    change, budget = Budget("change", math.inf), driver.one.limit()
+    found = calibration.quality(change, before, driver.program)
+    driver.record.change = found.value
     if budget is None or any(r.by == driver.one.name for r in before.adopted):
         return  # what is in place since an earlier capture was held to the budget there
-    found = calibration.quality(budget, before, driver.program)
+    if not budget.of_change:
+        found = calibration.quality(budget, before, driver.program)
     if not found.bound <= budget.limit:
         raise OptionError(f"{budget.metric} is {found} on {calibration.source}, expected {budget}")
 

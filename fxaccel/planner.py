@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Alternative:
     cost: float
     nbytes: int
     error: float
-    made: Any = None
+    made: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _slope(budget: Budget, probe: Alternative, seen: Measured) -> float:
 
 def _additive(budget: Budget, value: float) -> float:
     """A metric in a form that adds up over places: changes of places are at right angles."""
-    return value * value if budget.metric in ("change", "size") else value
+    return value * value if budget.of_change else value
 
 
 def _cheap(
@@ -163,21 +163,19 @@ def _small(
     places: Sequence[Place], slopes: Mapping[str, float], budget: Budget, total_bytes: int
 ) -> dict[str, Alternative]:
     """The choice of least effect after which the parameters take the budget's share of `total_bytes`."""
-    fixed = total_bytes - sum(p.nbytes for p in places)
-    least = sum(min([p.nbytes, *(a.nbytes for a in p.alternatives)]) for p in places)
-    room = budget.limit * total_bytes - fixed
-    if least > room:
+    saved = sum(p.nbytes - min([p.nbytes, *(a.nbytes for a in p.alternatives)]) for p in places)
+    least = total_bytes - saved
+    if least > budget.limit * total_bytes:
         raise OptionError(
-            f"the layers that pay can bring the model's parameters down to "
-            f"{(fixed + least) / total_bytes:.0%}, expected {budget}",
+            f"the layers that pay can bring the model's parameters down to {least / total_bytes:.0%}, "
+            f"expected {budget}",
             "widen where= or also=, or allow a larger size",
         )
     options = [
         (p.name, 0.0, [(float(a.nbytes - p.nbytes), slopes[p.name] * a.error**2, a) for a in p.alternatives])
         for p in places
     ]
-    offset = sum(p.nbytes for p in places)
-    return knapsack(options, room - offset)
+    return knapsack(options, (budget.limit - 1) * total_bytes)
 
 
 Options = Sequence[tuple[str, float, Sequence[tuple[float, float, Alternative]]]]

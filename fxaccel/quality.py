@@ -27,7 +27,8 @@ from fxaccel.errors import OptionError
 from fxaccel.structure import Structure
 
 METRICS = ("change", "kl", "loss", "size")
-FORM = re.compile(r"\s*([a-z]+)\s*<=\s*(\+?)([0-9.eE+-]+)\s*(%?)\s*")
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+FORM = re.compile(rf"\s*([a-z]+)\s*<=\s*({NUMBER})\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,24 @@ class Budget:
         if isinstance(given, (int, float)):
             return cls("change", float(given))
         form = FORM.fullmatch(given)
-        try:
-            metric, _, number, percent = form.groups()  # type: ignore[union-attr]
-            limit = float(number) / (100 if percent else 1)
-        except (AttributeError, ValueError):
+        if form is None:
             raise OptionError(
                 f"the budget is {given!r}, expected a metric and its limit",
                 "write change<=0.01, kl<=0.02, loss<=+1% or size<=0.5",
-            ) from None
+            )
+        metric, number, percent = form.groups()
+        limit = float(number) / (100 if percent else 1)
         return cls(metric, limit, relative=metric == "loss" and bool(percent))
 
     @property
     def of_size(self) -> bool:
         """Whether it limits the model's size, and not what becomes of its results."""
         return self.metric == "size" and self.function is None
+
+    @property
+    def of_change(self) -> bool:
+        """Whether what is measured is how far outputs move: of a budget of size too."""
+        return self.metric in ("change", "size") and self.function is None
 
     def __str__(self) -> str:
         return f"{self.metric}<={f'{self.limit:.3%}' if self.relative else f'{self.limit:g}'}"
@@ -120,14 +125,14 @@ class Budget:
             scale = abs(_mean(olds)) if self.relative else 1.0
             rise = _measured(rises)
             return Measured(rise.value / scale, rise.error / scale) if scale else rise
-        if self.metric in ("change", "size") and self.function is None:
+        if self.of_change:
             return Measured(max(calls, default=0.0))
         return _measured(calls)
 
 
 def result(spec: Structure, leaves: Sequence[Any]) -> Any:
     """The model's result from its flat outputs; objects that were passed in are left out."""
-    return spec.unflatten(leaves, defaultdict(lambda: None))[0]  # type: ignore[arg-type]
+    return spec.unflatten(leaves, defaultdict(lambda: None))[0]
 
 
 def divergence(old: Tensor, new: Tensor) -> float:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import enum
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxaccel.errors import CaptureError
+
+Arguments: TypeAlias = Sequence[Any] | Mapping[int, Any]
+"""The opened arguments of a call, by their number."""
 
 PLAIN = (type(None), bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -64,7 +67,7 @@ class Structure:
     def __hash__(self) -> int:
         return hash((self.spec, tuple(self.special)))
 
-    def unflatten(self, leaves: Sequence[Any], given: Sequence[Any] = ()) -> Any:
+    def unflatten(self, leaves: Sequence[Any], given: Arguments = ()) -> Any:
         """The value, of plain leaves and of the opened arguments of the call."""
         if not self.special:
             return pytree.tree_unflatten(leaves, self.spec)
@@ -73,7 +76,7 @@ class Structure:
             [self._leaf(i, rest, given) for i in range(self.spec.num_leaves)], self.spec
         )
 
-    def _leaf(self, index: int, rest: Iterator[Any], given: Sequence[Any]) -> Any:
+    def _leaf(self, index: int, rest: Iterator[Any], given: Arguments) -> Any:
         special = self.special.get(index)
         if special is None:
             return next(rest)
@@ -85,7 +88,7 @@ class Structure:
         made.__dict__.update(special.attributes.take(rest, given))
         return made
 
-    def take(self, rest: Iterator[Any], given: Sequence[Any]) -> Any:
+    def take(self, rest: Iterator[Any], given: Arguments) -> Any:
         """`unflatten` from an iterator, of which `size` items are taken."""
         return self.unflatten([next(rest) for _ in range(self.size)], given)
 

@@ -94,5 +94,5 @@ def odd(x: Tensor, **factors: tuple[Tensor | None, int]) -> Iterator[str]:
 
 def rows(x: Tensor, width: int) -> Tensor:
     """x [..., C] as [N, width], contiguous, with zeros on the right."""
-    x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x.contiguous() if x.shape[1] == width else torch.nn.functional.pad(x, (0, width - x.shape[1]))

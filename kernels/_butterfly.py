@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fxaccel.kernels import _rows
 from fxaccel.kernels._triton import tl, triton
 
 MAX = 4096  # features of a row that one program keeps in registers
@@ -153,18 +154,12 @@ def _cut(n: int) -> tuple[int, int]:
     return rows, max(1, rows * n // 512)
 
 
-def _flat(x: Tensor, width: int) -> Tensor:
-    """x [..., C] as [N, C] with unit stride along C; `width` is C."""
-    flat = x.reshape(x.shape[:-1].numel(), width)
-    return flat if flat.stride(1) == 1 or width < 2 else flat.contiguous()
-
-
 def launch_forward(x: Tensor, twiddle: Tensor, b: Tensor | None, out: int, reversed: bool = False) -> Tensor:
     """y in one launch."""
     levels, half = twiddle.shape[1:3]
     y = x.new_empty((*x.shape[:-1], out))
     if y.numel():
-        flat = _flat(x, x.shape[-1])
+        flat = _rows.flat(x)
         rows, warps = _cut(2 * half)
         forward_kernel[(-(-len(flat) // rows), -(-out // (2 * half)))](
             flat, twiddle.contiguous(), None if b is None else b.contiguous(), y,
@@ -177,8 +172,7 @@ def launch_forward(x: Tensor, twiddle: Tensor, b: Tensor | None, out: int, rever
 def launch_backward(dy: Tensor, x: Tensor, twiddle: Tensor, reversed: bool) -> tuple[Tensor, Tensor]:
     """The gradients of x and twiddle."""
     stacks, levels, half = twiddle.shape[:3]
-    out, width = dy.shape[-1], x.shape[-1]
-    grads, flat = _flat(dy, out), _flat(x, width)
+    grads, flat = _rows.flat(dy), _rows.flat(x)
     rows, warps = _cut(2 * half)
     programs = max(1, min(PROGRAMS // stacks, -(-len(flat) // rows)))
     dt = torch.zeros((programs, *twiddle.shape), dtype=torch.float32, device=x.device)
@@ -187,7 +181,7 @@ def launch_backward(dy: Tensor, x: Tensor, twiddle: Tensor, reversed: bool) -> t
     if len(flat):
         scratch = torch.empty(programs * stacks * levels * rows * 2 * half, device=x.device)
         backward_kernel[(programs, stacks)](
-            grads, flat, twiddle.contiguous(), dx, dt, scratch, *flat.shape, out, flat.stride(0),
+            grads, flat, twiddle.contiguous(), dx, dt, scratch, *flat.shape, dy.shape[-1], flat.stride(0),
             grads.stride(0), L=levels, ROWS=rows, HALF=half, REVERSED=reversed, num_warps=warps,
         )  # fmt: skip
     total = dx[0] if stacks == 1 else dx.sum(0)

@@ -13,7 +13,7 @@ Source     Dao et al. 2022, arXiv:2204.00595; Fu et al. 2023, "Monarch Mixer", a
 import torch
 from torch import Tensor
 
-from fxaccel.kernels import _blocks, _gemm
+from fxaccel.kernels import _blocks, _gemm, _rows
 from fxaccel.kernels._triton import next_power_of_2, tl, triton
 
 FUSED_FROM = 16  # the least depth of a product on tensor cores: below it, most of the work is on zeros
@@ -80,8 +80,7 @@ def launch_fused(x: Tensor, right: Tensor, left: Tensor, b: Tensor | None, out: 
     (k, q, p), (l, s, _) = right.shape, left.shape  # noqa: E741  the docstring's letter
     y = x.new_empty((*x.shape[:-1], out))
     if y.numel():
-        flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_zeros(y.numel() // out, 1)
-        flat = flat if flat.stride(1) == 1 else flat.contiguous()
+        flat = _rows.flat(x)
         n, c = flat.shape
         cut = fused_config(p, s, q // l, x.itemsize)
         options = {"num_warps": cut.warps, "num_stages": cut.stages, **_gemm.products(x)}

@@ -265,10 +265,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as [N, C] with unit stride along C: a view where x allows one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+def flat(x: Tensor) -> Tensor:
+    """x [..., C] as [N, C] with unit stride along C: a view where x allows one."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] < 2 else x.contiguous()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
@@ -294,7 +294,7 @@ def launch_forward(
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) if save else None
     mean = torch.empty_like(rstd) if rstd is not None and centred else None
     if x.numel():
-        rows, residual = _rows(x), None if r is None else _rows(r)
+        rows, residual = flat(x), None if r is None else flat(r)
         w, b = _contiguous(w, b)
         n, config = len(rows), forward_config(c)
         kernel = wide_forward_kernel if config.wide else forward_kernel

@@ -191,7 +191,8 @@ class Fits:
         if gram is not None:
             gram = gram.to(weight.device, copy=True)
             gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-        spectrum, target = _spectrum(weight, gram), Target.of(weight, gram)
+        target, beside = Target.of(weight, gram), any(not isinstance(c.matrix, LowRank) for c in candidates)
+        spectrum = _spectrum(weight, gram) if beside else None
         alternatives = []
         for one in candidates:
             matrix = one.matrix
@@ -255,9 +256,9 @@ def _spectrum(weight: Tensor, gram: Tensor | None) -> Tensor:
     return torch.linalg.eigvalsh((product + product.mT) / 2).clamp_min(0).flip(0)
 
 
-def _beside(matrix: StructuredMatrix, spectrum: Tensor) -> str:
+def _beside(matrix: StructuredMatrix, spectrum: Tensor | None) -> str:
     """What the best low-rank matrix of as many parameters is off by, beside another structure."""
-    if isinstance(matrix, LowRank):
+    if spectrum is None or isinstance(matrix, LowRank):
         return ""
     rank = matrix.parameters // (matrix.rows + matrix.columns)
     total = float(spectrum.sum())

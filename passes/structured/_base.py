@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,7 @@ LARGE = 256  # a side from which sizes are multiples of TILE
 TILE = 16  # what tensor cores take, in every dimension of a product
 
 Factors: TypeAlias = tuple[Tensor, ...]
+Member = TypeVar("Member", bound="StructuredMatrix")
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,6 @@ class StructuredMatrix(ABC):
     @abstractmethod
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the factors, in the order of `parts`."""
-
-    @property
-    @abstractmethod
-    def flops(self) -> int:
-        """Of `linear` without its bias, for one row of x; a multiplication and an addition count as two."""
 
     @abstractmethod
     def project(self, target: Target, seed: int) -> Factors:
@@ -94,6 +90,11 @@ class StructuredMatrix(ABC):
     def parameters(self) -> int:
         """How many numbers the factors hold."""
         return sum(map(math.prod, self.shapes))
+
+    @property
+    def flops(self) -> int:
+        """Of `linear` without its bias, for one row of x: each number multiplies and adds once."""
+        return 2 * self.parameters
 
     def nbytes(self, itemsize: int) -> int:
         """Bytes of the factors, at so many bytes a number."""
@@ -178,6 +179,13 @@ def shared(share: float) -> float:
     if not 0 < share < 1:
         raise OptionError(f"the share is {share!r}, expected a number between 0 and 1")
     return share
+
+
+def fullest(fits: Iterable[Member], nearly: float, away: Callable[[Member], float]) -> Member | None:
+    """Of the members with `nearly` the most parameters the one that is least `away`; None of none."""
+    fits = list(fits)
+    most = max((m.parameters for m in fits), default=0)
+    return min((m for m in fits if m.parameters >= nearly * most), key=away, default=None)
 
 
 def normal(

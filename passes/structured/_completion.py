@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxaccel.passes.structured._peeling import ridge
 from fxaccel.passes.structured._target import root
 
 ITERATIONS = 8  # of conjugate gradients a sweep; without blocks the first one is exact
-RIDGE = 1e-13  # pulls towards the present factors, in units of the mean
 
 
 class Completion:
@@ -130,6 +130,5 @@ class Completion:
 
 
 def _ridge(system: Tensor) -> Tensor:
-    diagonal = torch.diagonal(system, dim1=-2, dim2=-1).real
-    pull = RIDGE * diagonal.mean(-1) + torch.finfo(diagonal.dtype).tiny ** 0.5
-    return pull[..., None, None] * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    pull = ridge(torch.diagonal(system, dim1=-2, dim2=-1).real)
+    return pull[..., None] * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)

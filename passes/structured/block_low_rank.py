@@ -31,6 +31,7 @@ from fxaccel.passes.structured._base import (
     blocks_of,
     cut,
     expect,
+    fullest,
     normal,
     shared,
     sizes,
@@ -86,10 +87,6 @@ class BlockLowRank(StructuredMatrix):
         low = ((self.rank, self.columns), (self.rows, self.rank)) if self.rank else ()
         return (self.grid, self.strides + 1, self._s, self._p), *low
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.parameters
-
     @classmethod
     def sized(cls, rows: int, columns: int, share: float) -> BlockLowRank | None:
         """With about two thirds of the parameters in the blocks, among the largest."""
@@ -104,9 +101,7 @@ class BlockLowRank(StructuredMatrix):
                     fits.append(cls(rows, columns, 2**exponent, strides, rank - rank % step))
         wishes = (_apt(fits, multiple, least) for multiple, least in ((step, step), (1, step), (1, 1)))
         fits = next(filter(None, wishes), fits)
-        most = max((m.parameters for m in fits), default=0)
-        good = [m for m in fits if m.parameters >= NEARLY * most]
-        return min(good, key=lambda m: abs(math.prod(m.shapes[0]) / budget - BLOCK_SHARE), default=None)
+        return fullest(fits, NEARLY, lambda m: abs(math.prod(m.shapes[0]) / budget - BLOCK_SHARE))
 
     def project(self, target: Target, seed: int) -> Factors:
         rows, columns = self.grid * self._s, self.grid * self._p

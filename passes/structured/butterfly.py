@@ -67,10 +67,6 @@ class Butterfly(StructuredMatrix):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self._stacks, self._levels, self._n // 2, 2, 2),)
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.parameters
-
     @classmethod
     def sized(cls, rows: int, columns: int, share: float) -> Butterfly | None:
         """The one there is, where it fits."""
@@ -83,11 +79,11 @@ class Butterfly(StructuredMatrix):
         return min(both, key=lambda m: m.error(weight, m.fit(weight, gram, seed=seed), gram))
 
     def project(self, target: Target, seed: int) -> Factors:
-        n, stacks, levels = self._n, self._stacks, self._levels
+        n, stacks = self._n, self._stacks
         w = padded(target.weight, stacks * n, n)
         gram = target.gram_padded(n)
         if self.reversed:
-            order = _bit_reversal(levels).to(w.device)
+            order = _kernel().bit_reversed(n, w.device)
             w, gram = w[:, order], None if gram is None else gram[order][:, order]
         w = w.reshape(stacks, n, n)
         state = self._begun(w, gram, seed)
@@ -151,12 +147,10 @@ class Butterfly(StructuredMatrix):
         return cut(op, w, (self.rows, stacks * n), (self.columns, n))
 
     def linear(self, op: Ops, x: Any, factors: Iterable[Any], bias: Any) -> Any:
-        importlib.import_module("fxaccel.kernels.butterfly")  # which defines the operator
         (twiddle,) = factors
-        return op.fxaccel.butterfly.default(x, twiddle, bias, self.rows, self.reversed)
+        return op(_kernel().op, x, twiddle, bias, self.rows, self.reversed)
 
 
-def _bit_reversal(levels: int) -> Tensor:
-    """Where each of 2**levels features is found: bit-reversed."""
-    order = torch.arange(2**levels).reshape([2] * levels)
-    return order.permute(*range(levels - 1, -1, -1)).reshape(-1)
+def _kernel() -> Any:
+    """The module of the operator, imported where it is needed: Triton reads its kernels then."""
+    return importlib.import_module("fxaccel.kernels.butterfly")

@@ -57,10 +57,6 @@ class LowRank(StructuredMatrix):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return (self.rank, self.columns), (self.rows, self.rank)
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.parameters
-
     @classmethod
     def sized(cls, rows: int, columns: int, share: float) -> LowRank | None:
         """The largest rank that fits; of large matrices its largest multiple of 16, where that is not 0."""

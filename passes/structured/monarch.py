@@ -35,6 +35,7 @@ from fxaccel.passes.structured._base import (
     blocks_of,
     cut,
     expect,
+    fullest,
     normal,
     shared,
 )
@@ -82,10 +83,6 @@ class Monarch(StructuredMatrix):
         right = (self.blocks_in, self.rank * self.blocks_out, self._p)
         return right, (self.blocks_out, self._s, self.blocks_in * self.rank)
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.parameters
-
     @classmethod
     def sized(cls, rows: int, columns: int, share: float) -> Monarch | None:
         """With k = l blocks; among about equally many parameters, both factors' blocks nearest to square."""
@@ -98,11 +95,7 @@ class Monarch(StructuredMatrix):
             rank = rank - rank % step if rank >= step else rank
             if rank:
                 fits.append(cls(rows, columns, b, b, rank))
-        most = max((m.parameters for m in fits), default=0)
-        good = [m for m in fits if m.parameters >= NEARLY * most]
-        return min(
-            good, key=lambda m: abs(math.log(m.rank * m.blocks_out / (m._p * m._s) ** 0.5)), default=None
-        )
+        return fullest(fits, NEARLY, lambda m: abs(math.log(m.rank * m.blocks_out / (m._p * m._s) ** 0.5)))
 
     def project(self, target: Target, seed: int) -> Factors:
         k, l, s, p = self.blocks_in, self.blocks_out, self._s, self._p  # noqa: E741
