@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,51 @@ from fxaccel.tree import random_kept
 PARTS = 4  # calls in a round of those that are fitted to, decide, and are held out
 AT_ONCE = 2**30  # bytes of moments that are summed in one run over the calls
 KEPT = 2**30  # bytes that the outputs of all calls may take to be kept
+
+
+class Watcher(Protocol):
+    """Whatever takes values in."""
+
+    def add(self, value: Tensor) -> None:
+        """One more value."""
+
+
+W = TypeVar("W", bound=Watcher)
+
+
+class Moments:
+    """What the rows x [C] of a value sum up to.
+
+    gram     sum of x x^T, [C, C] in float64
+    largest  of each column, the largest |x|, [C]
+    peaks    sum over the rows of the square of their largest |x|
+    rows     how many there were
+    """
+
+    gram: Tensor
+    largest: Tensor
+
+    def __init__(self) -> None:
+        self.rows, self.peaks = 0, 0.0
+
+    def add(self, value: Tensor) -> None:
+        """The rows of one more value [..., C]."""
+        rows = value.reshape(-1, value.shape[-1])
+        rows = rows.float() if rows.dtype.itemsize < 4 else rows
+        gram, sizes = (rows.mT @ rows).double(), rows.abs()
+        largest = sizes.amax(0) if len(rows) else sizes.new_zeros(rows.shape[1])
+        if self.rows:
+            gram, largest = self.gram.add_(gram), torch.maximum(self.largest, largest)
+        self.gram, self.largest, self.rows = gram, largest, self.rows + len(rows)
+        if rows.numel():
+            self.peaks += float(sizes.amax(1).double().square().sum())
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of the rows of both."""
+        made = Moments()
+        made.gram, made.largest = self.gram + other.gram, torch.maximum(self.largest, other.largest)
+        made.rows, made.peaks = self.rows + other.rows, self.peaks + other.peaks
+        return made
 
 
 @dataclass(frozen=True)
@@ -64,16 +109,12 @@ class Calibration:
         return "the calibration data" if self.given else "the call that was captured"
 
     def quality(
-        self, budget: Budget, before: Program, after: Program,
-        numbers: Sequence[int] | None = None, swapped: Mapping[str, Tensor] | None = None,
-    ) -> Measured:  # fmt: skip
-        """The budget's metric of `after` against `before`, over all calls or those of `numbers`.
-
-        swapped    tensors for placeholders of `after`
-        """
+        self, budget: Budget, before: Program, after: Program, numbers: Sequence[int] | None = None
+    ) -> Measured:
+        """The budget's metric of `after` against `before`, over all calls or those of `numbers`."""
         said = []
         for i in range(len(self.calls)) if numbers is None else numbers:
-            old, new = self.outputs(before, i), self.run(after, i, swapped)
+            old, new = self.outputs(before, i), self.run(after, i)
             said.append(budget.measure(before.out_spec, old, new))
         return budget.together(said)
 
@@ -88,28 +129,35 @@ class Calibration:
             self._kept[number] = program, leaves
         return leaves
 
-    def moments(self, program: Program, values: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
-        """For each value [..., C] the sum of x x^T over its rows in the fitted calls: [C, C], float64."""
+    def moments(self, program: Program, values: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Moments]]:
+        """For each value [..., C] what its rows in the fitted calls sum up to."""
+        return self.watched(program, values, Moments, lambda n: 8 * int(n.meta["val"].shape[-1]) ** 2)
+
+    def watched(
+        self, program: Program, values: Sequence[fx.Node], make: Callable[[], W],
+        nbytes: Callable[[fx.Node], int],
+    ) -> Iterator[tuple[fx.Node, W]]:  # fmt: skip
+        """For each value what `make` made, after its `add` has seen the value in all fitted calls.
+
+        nbytes    what it takes: those of AT_ONCE bytes are filled in one run over the calls
+        """
         left = list(values)
         while left:
             now, size = list[fx.Node](), 0
-            while left and (not now or size + 8 * int(left[0].meta["val"].shape[-1]) ** 2 <= AT_ONCE):
+            while left and (not now or size + nbytes(left[0]) <= AT_ONCE):
                 now.append(left.pop(0))
-                size += 8 * int(now[-1].meta["val"].shape[-1]) ** 2
-            sums: dict[str, Tensor] = {}
+                size += nbytes(now[-1])
+            made = {n.name: make() for n in now}
 
-            def add(node: fx.Node, value: Tensor, sums: dict[str, Tensor] = sums) -> None:
-                rows = value.detach().reshape(-1, value.shape[-1])
-                rows = rows.float() if rows.dtype.itemsize < 4 else rows
-                product = (rows.mT @ rows).double()
-                sums[node.name] = sums[node.name] + product if node.name in sums else product
+            def add(node: fx.Node, value: Tensor, made: dict[str, W] = made) -> None:
+                made[node.name].add(value.detach())
 
             for i in self.fitted:
-                self.run(program, i, watch=dict.fromkeys((n.name for n in now), add))
-            yield from ((n, sums[n.name]) for n in now)
+                self.run(program, i, watch=dict.fromkeys(made, add))
+            yield from ((n, made[n.name]) for n in now)
 
     def run(
-        self, program: Program, number: int, swapped: Mapping[str, Tensor] | None = None,
+        self, program: Program, number: int,
         watch: Mapping[str, Callable[[fx.Node, Any], None]] | None = None,
     ) -> list[Any]:  # fmt: skip
         """The outputs of a program for a call, always with the same random numbers and nothing dropped.
@@ -125,8 +173,7 @@ class Calibration:
             with torch.no_grad(), random_kept():
                 torch.manual_seed(0)
                 leaves = [x.clone() if isinstance(x, Tensor) else x for x in call.leaves]
-                state = self.state(still) | dict(swapped or {})
-                return evaluate.run(still, state, leaves, watch=watch)
+                return evaluate.run(still, self.state(still), leaves, watch=watch)
         except (RuntimeError, IndexError) as error:
             why = str(error).splitlines()[0]
             raise OptionError(

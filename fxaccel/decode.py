@@ -277,7 +277,10 @@ def _load_replacement(data: dict[str, Any]) -> Replacement:
         return None if part is None else _load_graph(part)
 
     forward, inverse = graph(data["forward"]), graph(data["inverse"])
-    return Replacement(data["by"], tuple(data["old"]), tuple(data["new"]), forward, inverse)
+    return Replacement(
+        data["by"], tuple(data["old"]), tuple(data["new"]), forward, inverse,
+        frozen=bool(data["frozen"]), aliases=tuple(data["aliases"]),
+    )  # fmt: skip
 
 
 def _load_structure(data: dict[str, Any]) -> Structure:

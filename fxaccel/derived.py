@@ -53,7 +53,7 @@ def derived(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
 def note(program: Program) -> str:
     """A sentence for the report on the values that are kept, "" where there are none."""
     _, kept = derived(program)
-    owned = [n for n in kept if storage_owner(n).op == "call_function"]
+    owned = [n for n in kept if getattr(storage_owner(n), "op", "call_function") == "call_function"]
     values = [t for n in owned for t in tensors(n.meta["val"])]
     mebibytes = sum(number(t.numel(), program.hints) * t.element_size() for t in values) / 2**20
     if not values:

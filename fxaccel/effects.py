@@ -194,11 +194,13 @@ def eliminate_dead(graph: fx.Graph) -> int:
 
 
 def _learned_too(program: Program, found: set[fx.Node], made: Iterable[fx.Node]) -> None:
+    fixed = {name for one in program.replacements if one.frozen for name in one.new}
     for node in made:
         if not program.grad or not any(differentiable(t) for t in pytree.tree_leaves(node.meta.get("val"))):
             continue
         slot = program.state.get(node.name) if node.op == "placeholder" else None
-        source = node.op == "placeholder" and (slot is None or slot.kind == "parameter")
+        trains = slot is None or (slot.kind == "parameter" and slot.name not in fixed)
+        source = node.op == "placeholder" and trains
         if source or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
 

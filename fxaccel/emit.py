@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from fxaccel.derived import Derived, derived
+from fxaccel.derived import Derived, derived, standing
 from fxaccel.effects import last_uses, written
 from fxaccel.ir import Program, Region, arguments, expr, target_name
 
@@ -87,10 +87,12 @@ class Code:
     constants: dict[str, Any]
     tables: dict[str, tuple[str, str]]
     choices: dict[str, Any]
+    laid: int = 0
 
     def notes(self) -> list[str]:
-        """What was chosen so far, a sentence for each kernel and size."""
-        return [line for choice in self.choices.values() for line in choice.lines()]
+        """What was chosen so far, a sentence for each kernel and size; and what is kept twice."""
+        twice = [f"{self.laid} weights are kept a second time, as the CPU's kernels read them"]
+        return [line for c in self.choices.values() for line in c.lines()] + twice * bool(self.laid)
 
     def bind(self, module: nn.Module, filename: str) -> dict[str, Any]:
         """Execute the source with its tables bound to `module`; returns the functions by name."""
@@ -119,6 +121,7 @@ class _Emitter:
         self.tables: dict[str, tuple[str, str]] = {}
         self.choices: dict[str, Any] = {}
         self.shared: dict[Any, str] = {}
+        self.laid: dict[Any, str] = {}
         self.takes: dict[fx.Node, str] = {}
         self.read: dict[str, str] = {}
         self.names: dict[fx.Node, str] = {}
@@ -136,10 +139,11 @@ class _Emitter:
         output = nodes[-1]
         inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
         ahead, kept = derived(self.program)
-        functions = self.ahead(inputs, ahead, kept) if kept else []
         body = [n for n in body if n not in ahead]
+        functions = self.ahead(inputs, ahead, kept, body)
         last_use = last_uses(body, output.all_input_nodes)
-        name, given = "compute" if kept else "forward", [*inputs, *(self.names[n] for n in kept)]
+        given = [*inputs, *(self.names[n] for n in kept), *self.laid.values()]
+        name = "compute" if functions else "forward"
         lines = [
             f"def {name}({', '.join(given)}):",
             *_indent(self.block(body, last_use, 0)),
@@ -147,14 +151,28 @@ class _Emitter:
         ]
         functions = [[*self.accepts(inputs)], [*self.fits()], lines, *functions]
         source = "\n\n\n".join("\n".join(f) for f in functions) + "\n"
-        return Code(source, self.constants, self.tables, self.choices)
+        return Code(source, self.constants, self.tables, self.choices, len(self.laid))
 
-    def ahead(self, inputs: list[str], nodes: list[fx.Node], kept: list[fx.Node]) -> list[list[str]]:
-        """Functions for the values that are computed once, and the `forward` that passes them on."""
-        read = dict.fromkeys(self.names[a] for n in nodes for a in n.all_input_nodes if a in self.names)
+    def ahead(
+        self, inputs: list[str], nodes: list[fx.Node], kept: list[fx.Node], calls: list[fx.Node]
+    ) -> list[list[str]]:
+        """Functions for the values that are computed once, and the `forward` that passes them on.
+
+        nodes, kept    what is computed, and what of it the `calls` read
+        """
+        packs = self.packs(calls)
+        if not kept and not packs:
+            return []
+        state = [a for n in packs.values() for a in n if a.op == "placeholder"]
+        read = dict.fromkeys(
+            self.names[a] for a in [*(a for n in nodes for a in n.all_input_nodes), *state] if a in self.names
+        )
         body = self.block(nodes, last_uses(nodes, kept), 0)
-        names = [self.names[n] for n in kept]
-        self.shared = {}  # names within the function are its own
+        for node in packs:
+            body += self.prepared(node, ahead=True)
+        self.laid = self.shared
+        names = [*(self.names[n] for n in kept), *self.laid.values()]
+        self.shared = dict(self.laid)  # other names within the function are its own
         return [
             ["def sources():", f"    return [{', '.join(read)}]"],
             ["def derive():", *_indent(body), f"    return [{', '.join(names)}]"],
@@ -163,6 +181,20 @@ class _Emitter:
                 f"    return compute({', '.join([*inputs, '*derived()'])})",
             ],
         ]
+
+    def packs(self, calls: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """The calls whose kernel lays weights out ahead, with the weights."""
+        if self.program.grad:
+            return {}
+        fixed, found = self.program.facts(standing), dict[fx.Node, list[fx.Node]]()
+        for node in calls:
+            shared = getattr(_kernel(node)[0], "shared", None)
+            if shared is not None and shared.ahead:
+                given = arguments(node)
+                read = [a for name in shared.read for a in _nodes(given[name])]
+                if fixed.issuperset(read) and shared.worth(given):
+                    found[node] = read
+        return found
 
     # -- names ------------------------------------------------------------------------------------
 
@@ -269,16 +301,15 @@ class _Emitter:
         where = "".join(c if c.isprintable() else " " for c in where)  # a comment ends with its line
         return f"{text}  # {where}" if where else text
 
-    def prepared(self, node: fx.Node) -> Iterator[str]:
+    def prepared(self, node: fx.Node, ahead: bool = False) -> Iterator[str]:
         """The statement for what a kernel's call has in common with later ones, at the first of them."""
         module, device = _kernel(node)
         shared = getattr(module, "shared", None)
-        if shared is None or device != "cpu":
+        if shared is None or device != "cpu" or shared.ahead != ahead:
             return
         given = arguments(node)
         read = [given[name] for name in shared.read]
-        tensors = {a for a in pytree.tree_leaves(read) if isinstance(a, fx.Node)}
-        if not shared.worth(given) or tensors & self.program.facts(written).keys():
+        if not shared.worth(given) or set(_nodes(read)) & self.program.facts(written).keys():
             return
         sizes = [(str(v.dtype), *map(str, v.shape)) for v in (given[n].meta["val"] for n in shared.sized)]
         key = repr((node.target, node.meta.get("regions", ()), read, sizes))
@@ -406,6 +437,10 @@ def _kernel(node: fx.Node) -> tuple[Any, str]:
         return importlib.import_module(f"fxaccel.kernels.{target._opname}"), first.device.type
     except ModuleNotFoundError:
         return None, ""
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    return [a for a in pytree.tree_leaves(value) if isinstance(a, fx.Node)]
 
 
 def _is_condition(guard: str) -> bool:

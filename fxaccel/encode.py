@@ -50,7 +50,7 @@ def model(module: AcceleratedModule, tensors: dict[str, Tensor]) -> dict[str, An
         "modules": [[name, m.training] for name, m in module.named_modules(remove_duplicate=False)],
         "state": state,
         "captures": captures,
-        "replacements": [_replacement(r, module) for r in session.replacements],
+        "replacements": _replacements(session.replacements, module),
     }
 
 
@@ -126,6 +126,8 @@ def _graph(graph: fx.Graph, root: nn.Module) -> dict[str, Any]:
     for node in graph.nodes:
         if node.op == "get_attr":
             body = getattr(root, str(node.target))
+            if not isinstance(body, fx.GraphModule):
+                raise ArtifactError("a weight map holds a constant tensor, which a saved file cannot hold")
             inner[str(node.target)] = _graph(body.graph, body)
         nodes.append({
             "name": node.name, "op": node.op, "target": _target(node),
@@ -195,20 +197,34 @@ def _region(region: Region) -> list[Any]:
     return [region.kind, region.index, [_value(a) for a in region.args]]
 
 
-def _replacement(one: Replacement, module: nn.Module) -> dict[str, Any]:
-    new = [module.get_parameter(n).detach() for n in one.new]
-    inverse, old = None, None
-    if one.inverse is not None:
-        old = list(one.inverse(*new))
-        inverse = _traced(one.inverse, new)
-    forward = None if old is None or one.forward is None else _traced(one.forward, old)
-    return {"by": one.by, "old": one.old, "new": one.new, "forward": forward, "inverse": inverse}
+def _replacements(made: list[Replacement], module: nn.Module) -> list[dict[str, Any]]:
+    """Each with its maps; what a later one has replaced again is had back from that one."""
+    values = {n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)}
+    entries = []
+    for one in reversed(made):
+        new = [values[n] for n in one.new]
+        inverse, old = None, None
+        if one.inverse is not None:
+            with torch.no_grad():
+                old = list(one.inverse(*new))
+            values.update(zip(one.old, old, strict=True))
+            inverse = _traced(one.inverse, new)
+        forward = None if old is None or one.forward is None else _traced(one.forward, old)
+        entries.append(
+            {
+                "by": one.by, "old": one.old, "new": one.new, "forward": forward, "inverse": inverse,
+                "frozen": one.frozen, "aliases": one.aliases,
+            }
+        )  # fmt: skip
+    return entries[::-1]
 
 
 def _traced(function: Any, example: list[Tensor]) -> dict[str, Any] | None:
     """A weight map as a graph, None where it cannot be written as one."""
     try:
-        traced = make_fx(lambda *t: tuple(function(*t)), tracing_mode="fake")(*example)
+        traced = make_fx(
+            lambda *t: tuple(function(*t)), tracing_mode="fake", _allow_non_fake_inputs=True
+        )(*example)  # fmt: skip
         return _graph(traced.graph, traced)
     except (RuntimeError, ArtifactError, TypeError):
         return None

@@ -46,7 +46,8 @@ class Unsteady(TorchDispatchMode):
         if func._opname in _SELECTS or any(r.alias_info for r in func._schema.returns):
             return result  # values that were off already
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            floats = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1
+            if floats and tensor.numel():  # floats of one byte are codes, rounded on purpose
                 self.largest = max(self.largest, tensor.numel())
                 wide = tensor.dtype is torch.float64
                 step = UNSTEADY if wide else torch.finfo(tensor.dtype).eps

@@ -102,6 +102,8 @@ class Replacement:
     inverse     new tensors -> original tensors, or None where the original cannot be had back
     initial     what the parameters become now, where `forward` would be dear or gives what is best for any
                 tensors and not for these; the module takes these tensors over
+    frozen      whether the new parameters are held fixed in training
+    aliases     other names of the one parameter in `old`, which is tied
     """
 
     by: str
@@ -110,6 +112,8 @@ class Replacement:
     forward: Callable[..., tuple[Tensor, ...]] | None
     inverse: Callable[..., tuple[Tensor, ...]] | None
     initial: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
+    frozen: bool = False
+    aliases: tuple[str, ...] = ()
 
     def made(self, *old: Tensor) -> tuple[Tensor, ...]:
         """The new tensors, of the original ones as the pass found them or of any."""
@@ -261,8 +265,11 @@ class Program:
         graph is emitted, and keeps reading and writing the original `state_dict` through the map.
         """
         for name in one.old:
-            others = [n for group in self.ties if name in group for n in group if n != name]
-            if others:
+            group = next((g for g in self.ties if name in g), (name,))
+            others = [n for n in group if n != name]
+            if set(others) == set(one.aliases):
+                self.ties = tuple(g for g in self.ties if g is not group)
+            else:
                 raise RuleError(
                     f"{one.by} replaces {name!r}, which is one tensor with {', '.join(others)}; untie them "
                     "first"

@@ -146,6 +146,16 @@ class AcceleratedModule(nn.Module):
         """Run every proof again, and compare each captured graph with the model once more."""
         return self.__dict__[_KEY].verify(self)
 
+    def convert(self) -> Any:
+        """Turn what was trained with rounding simulated into the model that is rounded; returns this module.
+
+        What a pass has put in place to train, `quantize{train=learned}`'s float weights and scales, is
+        exchanged for what it stands for; that is held fixed in training from here on, and an optimizer made
+        before holds parameters that are gone. Raises CaptureError where nothing waits to be converted.
+        """
+        self.__dict__[_KEY].convert(self)
+        return self
+
     def save(self, path: Any) -> None:
         """Write weights, graphs and report to one file that `fxaccel.load` reads without this code."""
         from fxaccel.artifact import save

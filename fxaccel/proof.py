@@ -368,7 +368,8 @@ def materialise(val: Any, sizes: dict[str, int], generator: torch.Generator, per
     """A random value with the dtype, sizes and strides of a fake one.
 
     Floats are normal with a scale between 1/4 and 4, booleans fair coins, integers 0 or 1 (an index that
-    is valid everywhere). With `permuted`, tensors of two or more dimensions are laid out column-major.
+    is valid everywhere); int8, which is no index, from -127 to 127, and bytes 0 or anything: they may be a
+    mask or numbers of 4 bits. With `permuted`, tensors of two or more dimensions are laid out column-major.
     """
     if isinstance(val, (torch.SymInt, SizeSpec)):
         return number(val, sizes)
@@ -390,7 +391,12 @@ def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) ->
         scale = 4.0 ** (2 * float(torch.rand((), generator=generator)) - 1)
         wide = torch.complex128 if dtype.is_complex else torch.float64
         return (torch.randn(shape, generator=generator, dtype=wide) * scale).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    coins = torch.randint(0, 2, shape, generator=generator)
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, generator=generator).to(dtype)
+    if dtype == torch.uint8:
+        coins *= torch.randint(1, 256, shape, generator=generator)
+    return coins.to(dtype)
 
 
 def _positive(value: Any) -> Any:

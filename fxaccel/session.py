@@ -89,6 +89,10 @@ class Capture:
         chosen = self.code.notes()
         return replace(self.report, notes=[*self.report.notes, *chosen]) if chosen else self.report
 
+    def reads(self, names: set[str]) -> bool:
+        """Whether the graph reads parameters of these names."""
+        return any(slot.name in names for slot in self.program.state.values())
+
     def serves(self, module: nn.Module) -> bool:
         """Whether the constants of the graph are those that this tree holds."""
         return all(table[key] is value for table, key, value in self.held(module))
@@ -247,6 +251,7 @@ class Session:
         calibration = Calibration(original, calls or (example,), bool(calls), current)
         one = self.rewrite(raw, passes, calibration)
         weights.adopt(module, one.program, self.replacements)
+        self.outdate()
         self.bind(one, module)
         one.loose = tuple(p.name for p in one.report.passes if p.change is not None)
         check = first.report.check
@@ -322,6 +327,12 @@ class Session:
                 del self.captures[oldest]
             self.dropped += 1
 
+    def outdate(self) -> None:
+        """Drop captures that read what a later one has replaced; their calls are captured anew."""
+        gone = {name for one in self.replacements for name in (*one.old, *one.aliases)}
+        for key, group in list(self.captures.items()):
+            self.captures[key] = [c for c in group if isinstance(c, Pieces) or not c.reads(gone)]
+
     def enforce(self, report: CaptureReport) -> None:
         """`expect`, and `strict` for passes that applied nowhere."""
         counts = {p.name: len(p.applied) for p in report.passes}
@@ -342,6 +353,11 @@ class Session:
     def restored(self, module: Any) -> nn.Module:
         """A tree of the original class with the original parameters, to capture and compare with."""
         return weights.restored(module._bare(), self.replacements)
+
+    def convert(self, module: Any) -> None:
+        """What passes train for something cheaper becomes that; calls are captured anew."""
+        weights.convert(module, self.replacements)
+        self.forget()
 
     # -- questions --------------------------------------------------------------------------------
 

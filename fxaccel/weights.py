@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,17 +35,45 @@ def adopt(module: nn.Module, program: Program, replacements: list[Replacement]) 
             continue
         with torch.no_grad():
             made = one.made(*(module.get_parameter(n) for n in one.old))
-        trains = any(module.get_parameter(n).requires_grad for n in one.old)
-        for name in one.old:
-            owner, key = _owner(module, name)
-            del owner._parameters[key]
-        for name, tensor in zip(one.new, made, strict=True):
-            owner, key = _owner(module, name)
-            floating = tensor.dtype.is_floating_point
-            owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
+        _exchange(module, (*one.old, *one.aliases), one, made)
         replacements.append(replace(one, initial=None))
     _refuse_lost(module, program, replacements)
     return before
+
+
+def _exchange(module: nn.Module, gone: Sequence[str], one: Replacement, made: Sequence[torch.Tensor]) -> None:
+    """Put tensors in the module under the new names of a replacement; they train if what is gone did."""
+    trains = not one.frozen and any(module.get_parameter(n).requires_grad for n in gone)
+    for name in gone:
+        owner, key = _owner(module, name)
+        del owner._parameters[key]
+    for name, tensor in zip(one.new, made, strict=True):
+        owner, key = _owner(module, name)
+        floating = tensor.dtype.is_floating_point
+        owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
+
+
+def convert(module: nn.Module, replacements: list[Replacement]) -> None:
+    """Exchange what passes train in the place of something cheaper for that, in the module.
+
+    The `forward` of such a replacement has a method `converted`, which is given the replacement and its
+    tensors and returns the next one, with `initial` tensors.
+    """
+    made = dict[int, Replacement]()
+    for at, one in enumerate(replacements):
+        converted = getattr(one.forward, "converted", None)
+        if converted is not None:
+            with torch.no_grad():
+                made[at] = converted(one, *(module.get_parameter(n) for n in one.new))
+    if not made:
+        raise CaptureError(
+            "nothing in this module waits to be converted",
+            "call it once with a pass that trains what it converts later, as 'quantize{train=learned}'; a "
+            "file that was loaded holds graphs alone: convert before saving",
+        )
+    for at, new in made.items():  # all of them could be made
+        _exchange(module, replacements[at].new, new, new.made())
+        replacements[at] = replace(new, initial=None)
 
 
 def _refuse_lost(module: nn.Module, program: Program, replacements: list[Replacement]) -> None:
@@ -89,6 +118,9 @@ def restored(bare: nn.Module, replacements: list[Replacement]) -> nn.Module:
         for name, tensor in zip(one.old, old, strict=True):
             owner, key = _owner(tree, name)
             owner._parameters[key] = nn.Parameter(tensor, requires_grad=new[0].requires_grad)
+        for name in one.aliases:
+            owner, key = _owner(tree, name)
+            owner._parameters[key] = tree.get_parameter(one.old[0])
     return tree
 
 
@@ -102,6 +134,7 @@ def to_original(state: Any, prefix: str, replacements: list[Replacement]) -> Any
             del state[prefix + name]
         with torch.no_grad():
             state.update(zip((prefix + n for n in one.old), one.inverse(*new), strict=True))
+        state.update((prefix + n, state[prefix + one.old[0]]) for n in one.aliases)
     return state
 
 
@@ -114,6 +147,8 @@ def from_original(state: Any, prefix: str, replacements: list[Replacement]) -> N
     for one in replacements:
         if all(prefix + n in state for n in one.old):
             old = [state.pop(prefix + n) for n in one.old]
+            for name in one.aliases:
+                state.pop(prefix + name, None)
             with torch.no_grad():
                 made = one.made(*old)
                 state.update(zip((prefix + n for n in one.new), made, strict=True))

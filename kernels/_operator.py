@@ -29,12 +29,15 @@ class Shared(NamedTuple):
     sized    names of arguments of which only sizes and dtype matter
     read     names of the others
     worth    whether a call with these arguments, by name, uses it
+    ahead    whether it is worth it only where all that is read is parameters in inference: made once, and
+             again when they change
     """
 
     made: Kernel
     sized: tuple[str, ...]
     read: tuple[str, ...]
     worth: Callable[[dict[str, Any]], bool]
+    ahead: bool = False
 
 
 def define(schema: str, *, cpu: Kernel, cuda: Kernel, fake: Kernel, random: bool = False) -> Op:

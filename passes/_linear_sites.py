@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,51 +26,55 @@ _PRODUCTS = {"linear", "matmul", "conv1d", "conv2d", "conv3d", "embedding", "att
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A parameter and the linears that read it as their weight, or the embeddings whose table it is.
+    """A parameter and the linears that read it as their weight, or the embeddings whose table it is, or both.
 
-    name       in the model's state_dict
+    name       in the model's state_dict; `aliases` other names of the same parameter
     readers    the calls
-    flipped    whether it is [inputs, outputs]: read transposed, or a table, whose inputs are its rows
-    role       one of ROLES, "" for any other linear
+    flipped    whether it is read transposed, [inputs, outputs]
+    roles      of ROLES; none for linears of the inside
     """
 
     name: str
     node: fx.Node
     readers: tuple[fx.Node, ...]
     flipped: bool
-    role: str
+    roles: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Outputs and inputs of the linear."""
+        """Outputs and inputs of the linear; rows and columns of a table."""
         rows, columns = (int(s) for s in self.node.meta["val"].shape)
         return (columns, rows) if self.flipped else (rows, columns)
 
     @property
+    def linears(self) -> list[fx.Node]:
+        """The readers that multiply."""
+        return [r for r in self.readers if is_call(r, LINEAR)]
+
+    @property
     def inputs(self) -> list[fx.Node]:
-        """What the readers read, indices of a table included."""
-        return [r.args[1 if self.role == TABLE else 0] for r in self.readers]
+        """What the linears read."""
+        return [r.args[0] for r in self.linears]
+
+    def among(self, nodes: Mapping[str, fx.Node]) -> LinearSite:
+        """The same site in a copy of its graph, whose nodes are given by name."""
+        return replace(self, node=nodes[self.node.name], readers=tuple(nodes[r.name] for r in self.readers))
 
     def rows(self, program: Program) -> int:
-        """How many rows the readers are given in a call of the captured sizes."""
-        shapes = [x.meta["val"].shape for x in self.inputs]
-        return sum(
-            math.prod(number(s, program.hints) for s in (v if self.role == TABLE else v[:-1])) for v in shapes
-        )
+        """How many rows the linears are given in a call of the captured sizes; how many are looked up."""
+        shapes = [x.meta["val"].shape[:-1] for x in self.inputs]
+        shapes = shapes or [r.args[1].meta["val"].shape for r in self.readers]
+        return sum(math.prod(number(s, program.hints) for s in shape) for shape in shapes)
 
 
 def sites(program: Program) -> Iterator[LinearSite | tuple[fx.Node, str]]:
     """Each site; where a linear's weight cannot be replaced, the linear and the reason."""
     seen = set[fx.Node]()
     for node in program.graph.nodes:
-        if is_call(node, LINEAR):
-            weight, transposed = _parameter(program, arguments(node)["weight"])
-        elif is_call(node, EMBEDDING):
-            weight, transposed = _parameter(program, arguments(node)["weight"])
-            if weight is not None and any(is_call(u, LINEAR) for u in weight.users):
-                continue  # told of with the linear
-        else:
+        if not is_call(node, LINEAR, EMBEDDING):
             continue
+        weight, transposed = parameter(program, arguments(node)["weight"])
         if weight is None:
             yield node, "its weight is computed, not a parameter of the model"
         elif weight not in seen:
@@ -79,7 +83,7 @@ def sites(program: Program) -> Iterator[LinearSite | tuple[fx.Node, str]]:
             yield (node, why) if why else _site(program, weight, transposed)
 
 
-def _parameter(program: Program, weight: Any) -> tuple[fx.Node | None, bool]:
+def parameter(program: Program, weight: Any) -> tuple[fx.Node | None, bool]:
     """The parameter that is read, and whether through a transposition."""
     transposed = is_call(weight, PERMUTE) and list(weight.args[1]) == [1, 0]
     weight = weight.args[0] if transposed else weight
@@ -96,20 +100,14 @@ def _readers(weight: fx.Node, transposed: bool) -> list[fx.Node]:
 
 def _obstacle(program: Program, weight: fx.Node, transposed: bool) -> str:
     """Why the weight stays, "" for no reason."""
-    val, name = weight.meta["val"], program.state[weight.name].name
-    others = [n for group in program.ties if name in group for n in group if n != name]
-    if others:
-        return f"its weight is one tensor with {', '.join(others)}"
+    val = weight.meta["val"]
     if val.dim() != 2 or not val.dtype.is_floating_point:
         return f"its weight is {val.dtype} of {val.dim()} dimensions, expected a real matrix"
-    readers = _readers(weight, transposed)
-    for user in readers:
-        bound = (
-            arguments(user) if user.target is readers[0].target and is_call(user, LINEAR, EMBEDDING) else {}
-        )
+    for user in _readers(weight, transposed):
+        bound = arguments(user) if is_call(user, LINEAR, EMBEDDING) else {}
         if user.op == "output":
             return "its weight is also an output of the model"
-        if _parameter(program, bound.get("weight")) != (weight, transposed):
+        if parameter(program, bound.get("weight")) != (weight, transposed):
             by, at = target_name(user.target), source(user) or "no known line"
             return f"its weight is also read by {by} at {at}"
         if bound.get("scale_grad_by_freq") or bound.get("sparse"):
@@ -121,14 +119,16 @@ def _obstacle(program: Program, weight: fx.Node, transposed: bool) -> str:
 
 def _site(program: Program, weight: fx.Node, transposed: bool) -> LinearSite:
     readers = tuple(_readers(weight, transposed))
-    if is_call(readers[0], EMBEDDING):
-        role = TABLE
-    elif any(_after_attention(r) for r in readers):
-        role = ATTENTION
-    else:
-        role = HEAD if any(_ends(program, r) for r in readers) else ""
-    flipped = transposed != (role == TABLE)
-    return LinearSite(program.state[weight.name].name, weight, readers, flipped, role)
+    linears = [r for r in readers if is_call(r, LINEAR)]
+    is_a = {
+        TABLE: len(linears) < len(readers),
+        ATTENTION: any(map(_after_attention, linears)),
+        HEAD: any(_ends(program, r) for r in linears),
+    }
+    name = program.state[weight.name].name
+    aliases = tuple(n for group in program.ties if name in group for n in group if n != name)
+    roles = tuple(role for role in ROLES if is_a[role])
+    return LinearSite(name, weight, readers, transposed, roles, aliases)
 
 
 def _opname(node: fx.Node) -> str:

@@ -46,23 +46,30 @@ def test_moments_are_the_sums_of_outer_products_over_the_fitted_calls(at_once, m
     found = dict(one.moments(program, inputs))
     assert list(found) == inputs
     fitted = torch.cat([calls[i][0].reshape(-1, 5) for i in (0, 2, 4)]).double()
-    torch.testing.assert_close(found[inputs[0]], fitted.T @ fitted, rtol=1e-6, atol=1e-5)
     inner = torch.tanh(model[0].double()(fitted)).detach()  # nothing is dropped
-    torch.testing.assert_close(found[inputs[1]], inner.T @ inner, rtol=1e-5, atol=1e-4)
-    assert found[inputs[1]].dtype == torch.float64
+    for node, rows in zip(inputs, (fitted, inner), strict=True):
+        seen = found[node]
+        torch.testing.assert_close(seen.gram, rows.T @ rows, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(seen.largest.double(), rows.abs().amax(0), rtol=1e-6, atol=0)
+        assert seen.peaks == pytest.approx(float(rows.abs().amax(1).square().sum()), rel=1e-6)
+        assert seen.rows == len(rows) and seen.gram.dtype == torch.float64
+    both, (a, b) = found[inputs[0]] + found[inputs[0]], (found[inputs[0]],) * 2
+    assert both.rows == a.rows + b.rows and both.peaks == a.peaks + b.peaks
+    torch.testing.assert_close(both.gram, a.gram + b.gram)
 
 
-def test_quality_sees_what_is_put_in_the_place_of_a_weight():
+def test_quality_is_of_the_calls_that_are_named():
     model = nn.Linear(5, 3)
     calls = [(torch.randn(4, 5),) for _ in range(4)]
     one, program = made(model, calls)
-    (name,) = [n for n, slot in program.state.items() if slot.name == "weight"]
     budget = Budget("change", 1.0)
     assert one.quality(budget, program, program).value == 0
-    doubled = {name: 2 * model.weight.detach()}
-    expected = [float((x @ model.weight.T).norm() / model(x).norm()) for (x,) in calls]
-    assert one.quality(budget, program, program, swapped=doubled).value == pytest.approx(max(expected))
-    assert one.quality(budget, program, program, [2], doubled).value == pytest.approx(expected[2])
+    after = program.copy()
+    (linear,) = [n for n in after.graph.nodes if is_call(n, LINEAR)]
+    linear.args = linear.args[:2]
+    expected = [float(model.bias.norm() * 2 / model(x).norm()) for (x,) in calls]
+    assert one.quality(budget, program, after).value == pytest.approx(max(expected))
+    assert one.quality(budget, program, after, [2]).value == pytest.approx(expected[2])
 
 
 def test_outputs_that_are_compared_with_again_are_kept_up_to_a_limit(monkeypatch):

@@ -3,7 +3,8 @@
 One interface, `StructuredMatrix`; a member holds sizes, its factors are plain tuples of tensors.
 """
 
-from fxaccel.passes.structured._base import EAGER, StructuredMatrix
+from fxaccel.passes._linear_form import EAGER
+from fxaccel.passes.structured._base import StructuredMatrix
 from fxaccel.passes.structured.block_low_rank import BlockLowRank
 from fxaccel.passes.structured.butterfly import Butterfly
 from fxaccel.passes.structured.low_rank import LowRank

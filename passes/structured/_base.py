@@ -1,61 +1,38 @@
 """What a structured matrix is: sizes, a projection onto it, and the linear that it makes.
 
-Factors are plain tuples of tensors; a StructuredMatrix holds sizes alone. `dense` and `linear` are written
-through Ops: with EAGER they compute, with a rule's `op` they write a graph.
+Factors are plain tuples of tensors, the parts of a LinearForm.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxaccel.errors import OptionError
+from fxaccel.passes._linear_form import EAGER, LinearForm, Parts
+from fxaccel.passes._target import Target, wide
 from fxaccel.passes.structured._descent import descend
-from fxaccel.passes.structured._target import Target, checked, wide
 from fxaccel.pattern import Ops
-
-EAGER = Ops(lambda target, args, kwargs: target(*args, **kwargs))
-"""Ops that compute at once, on tensors."""
 
 LARGE = 256  # a side from which sizes are multiples of TILE
 TILE = 16  # what tensor cores take, in every dimension of a product
 
-Factors: TypeAlias = tuple[Tensor, ...]
+Factors = Parts
 Member = TypeVar("Member", bound="StructuredMatrix")
 
 
 @dataclass(frozen=True)
-class StructuredMatrix(ABC):
+class StructuredMatrix(LinearForm):
     """A kind of matrix W [rows, columns], for y = x W^T, made of factors with fewer parameters.
 
     Shapes     rows: outputs of the linear; columns: its inputs; factors: `shapes`, named by `parts`.
     Errors     OptionError where sizes are impossible, or a weight or gram has other sizes.
     """
-
-    rows: int
-    columns: int
-
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        expect(self, "rows", self.rows)
-        expect(self, "columns", self.columns)
-
-    @property
-    @abstractmethod
-    def parts(self) -> tuple[str, ...]:
-        """Names of the factors."""
-
-    @property
-    @abstractmethod
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the factors, in the order of `parts`."""
 
     @abstractmethod
     def project(self, target: Target, seed: int) -> Factors:
@@ -70,14 +47,6 @@ class StructuredMatrix(ABC):
         So `linear` of independent inputs has the variance that a dense weight of this variance gives.
         """
 
-    @abstractmethod
-    def dense(self, op: Ops, *factors: Any) -> Any:
-        """W [rows, columns]."""
-
-    @abstractmethod
-    def linear(self, op: Ops, x: Any, factors: Iterable[Any], bias: Any) -> Any:
-        """x W^T + bias; x [..., columns], bias [rows] or None."""
-
     @classmethod
     @abstractmethod
     def sized(cls, rows: int, columns: int, share: float) -> StructuredMatrix | None:
@@ -87,18 +56,25 @@ class StructuredMatrix(ABC):
         """
 
     @property
-    def parameters(self) -> int:
-        """How many numbers the factors hold."""
-        return sum(map(math.prod, self.shapes))
-
-    @property
     def flops(self) -> int:
         """Of `linear` without its bias, for one row of x: each number multiplies and adds once."""
         return 2 * self.parameters
 
-    def nbytes(self, itemsize: int) -> int:
-        """Bytes of the factors, at so many bytes a number."""
-        return self.parameters * itemsize
+    def work(self) -> tuple[float, str]:
+        share = self.flops / (2 * self.rows * self.columns)
+        return share, f"{share:.2f} of the FLOPs"
+
+    def fitted(self, weight: Tensor, target: Target, options: Any) -> Factors:
+        return self.rounded(self.nearest(target, options.steps, options.seed), weight.dtype)
+
+    def plain(self, weight: Tensor) -> Factors:
+        target = Target(wide(weight))  # unchecked: a file may hold this way
+        return self.rounded(self.project(target, seed=0), weight.dtype)
+
+    @staticmethod
+    def rounded(factors: Factors, dtype: torch.dtype) -> Factors:
+        """The factors in another dtype."""
+        return tuple(f.to(dtype).contiguous() for f in factors)
 
     def fit(
         self,
@@ -124,7 +100,7 @@ class StructuredMatrix(ABC):
             )
         with torch.inference_mode(False), torch.no_grad():
             factors = self.nearest(Target.of(weight, gram), steps, seed, progress)
-            return tuple(f.to(weight.dtype).contiguous() for f in factors)
+            return self.rounded(factors, weight.dtype)
 
     def nearest(
         self,
@@ -151,28 +127,6 @@ class StructuredMatrix(ABC):
 
         return tuple(f[0, 0] for f in descend(square, [f[None, None] for f in factors], steps, report))
 
-    def error(self, weight: Tensor, factors: Iterable[Tensor], gram: Tensor | None = None) -> float:
-        """|W - dense| / |W| in the norm of `fit`, without its damping; 0 where both are 0."""
-        with torch.no_grad():
-            if gram is not None:
-                checked(weight, gram)
-            w, g = wide(weight), None if gram is None else wide(gram)
-            gap = w - self.dense(EAGER, *(wide(f) for f in factors))
-            over, under = (float(((e if g is None else e @ g.to(e)) * e.conj()).real.sum()) for e in (gap, w))
-        if under <= 0:
-            return 0.0 if over <= 0 else math.inf
-        return math.sqrt(max(0.0, over) / under)
-
-
-def expect(matrix: StructuredMatrix, what: str, value: int, least: int = 1, most: float = math.inf) -> None:
-    """Raises OptionError where a size is out of its range."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        upto = "" if most == math.inf else f" to {most}"
-        raise OptionError(
-            f"{what} of a {type(matrix).__name__} is {value!r}, expected an integer from {least}{upto}",
-            f"the matrix is {matrix.rows} x {matrix.columns}",
-        )
-
 
 def shared(share: float) -> float:
     """A share of the dense parameters, checked."""
@@ -195,12 +149,6 @@ def normal(
     drawn = dtype if dtype.itemsize >= 4 else torch.float32
     size = torch.as_tensor(variance, dtype=torch.float64).sqrt()
     return (torch.randn(shape, generator=generator, dtype=drawn) * size.to(drawn)).to(dtype)
-
-
-def sizes(op: Ops, x: Any) -> list[Any]:
-    """The sizes of a tensor or of a node's tensor; symbolic ones are read from it."""
-    value = x.meta["val"] if isinstance(x, fx.Node) else x
-    return [s if isinstance(s, int) else op.aten.sym_size.int(x, i) for i, s in enumerate(value.shape)]
 
 
 def cut(op: Ops, w: Any, rows: tuple[int, int], columns: tuple[int, int]) -> Any:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxaccel.passes._target import root
 from fxaccel.passes.structured._peeling import ridge
-from fxaccel.passes.structured._target import root
 
 ITERATIONS = 8  # of conjugate gradients a sweep; without blocks the first one is exact
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from fxaccel.errors import OptionError
+from fxaccel.passes._linear_form import expect, sizes
+from fxaccel.passes._target import Target, padded
 from fxaccel.passes.structured._base import (
     LARGE,
     TILE,
@@ -30,15 +32,12 @@ from fxaccel.passes.structured._base import (
     StructuredMatrix,
     blocks_of,
     cut,
-    expect,
     fullest,
     normal,
     shared,
-    sizes,
 )
 from fxaccel.passes.structured._completion import Completion
 from fxaccel.passes.structured._descent import alternate, starts
-from fxaccel.passes.structured._target import Target, padded
 from fxaccel.passes.structured.low_rank import balanced, truncated
 from fxaccel.pattern import Ops
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from fxaccel.errors import OptionError
+from fxaccel.passes._target import Target, padded
 from fxaccel.passes.structured import _peeling
 from fxaccel.passes.structured._base import Factors, StructuredMatrix, blocks_of, cut, shared
 from fxaccel.passes.structured._descent import alternate, starts
-from fxaccel.passes.structured._target import Target, padded
 from fxaccel.pattern import Ops
 
 

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxaccel.passes.structured._base import LARGE, TILE, Factors, StructuredMatrix, expect, normal, shared
-from fxaccel.passes.structured._target import Target
+from fxaccel.passes._linear_form import expect
+from fxaccel.passes._target import Target
+from fxaccel.passes.structured._base import LARGE, TILE, Factors, StructuredMatrix, normal, shared
 from fxaccel.pattern import Ops
 
 
@@ -44,6 +45,7 @@ class LowRank(StructuredMatrix):
     rank: int
 
     name: ClassVar[str] = "low-rank"
+    tables: ClassVar[bool] = True
     parts: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __post_init__(self) -> None:
@@ -88,3 +90,7 @@ class LowRank(StructuredMatrix):
     def linear(self, op: Ops, x: Any, factors: Iterable[Any], bias: Any) -> Any:
         down, up = factors
         return op.aten.linear.default(op.aten.linear.default(x, down), up, bias)
+
+    def lookup(self, op: Ops, indices: Any, factors: Iterable[Any]) -> Any:
+        down, up = factors
+        return op.aten.matmul.default(op.aten.embedding.default(up, indices), down)

@@ -27,6 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fxaccel.passes._linear_form import expect
+from fxaccel.passes._target import Target, padded, root
 from fxaccel.passes.structured._base import (
     LARGE,
     TILE,
@@ -34,13 +36,11 @@ from fxaccel.passes.structured._base import (
     StructuredMatrix,
     blocks_of,
     cut,
-    expect,
     fullest,
     normal,
     shared,
 )
 from fxaccel.passes.structured._descent import alternate, starts
-from fxaccel.passes.structured._target import Target, padded, root
 from fxaccel.passes.structured.low_rank import balanced, truncated
 from fxaccel.pattern import Ops
 

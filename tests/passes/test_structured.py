@@ -39,7 +39,7 @@ def test_sizes_parameters_and_costs_follow_from_the_shapes():
         assert len(m.parts) == len(shapes)
         assert m.parameters == sum(map(math.prod, shapes))
         assert m.flops == 2 * m.parameters  # each parameter is multiplied and added once a row
-        assert m.nbytes(2) == 2 * m.parameters
+        assert m.nbytes(torch.bfloat16) == 2 * m.parameters
 
 
 @pytest.mark.parametrize("m", MEMBERS, ids=named)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fxaccel.errors import OptionError
+from fxaccel.passes._target import DAMPING, Target, root
 from fxaccel.passes.structured import EAGER, BlockLowRank, Butterfly, LowRank, Monarch, _descent, _peeling
 from fxaccel.passes.structured._completion import Completion
-from fxaccel.passes.structured._target import DAMPING, Target, root
 from tests.passes.structured_members import (
     EPS,
     MEMBERS,
