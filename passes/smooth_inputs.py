@@ -6,8 +6,11 @@
     u = linear(x, U, d)          u = linear(x, U / s[:, None], d / s)
     y = linear(u * v, W, c) =>   y = linear(u * v, W * s, c)
 
-Fires on   inputs that linears alone read, of weights of their own; they come from a LayerNorm or RMSNorm with
-           weights of its own, or from a linear, also through relu or a product with other values.
+    y = linear(x, W, c)     =>   y = linear(x / s, W * s, c)
+
+Fires on   linears with weights of their own. Inputs that come from a LayerNorm or RMSNorm with weights of its
+           own, or from a linear, also through relu or a product with other values, and that linears alone
+           read, are divided there; others by a call of its own.
 Saves      nothing by itself. Columns of inputs with outliers are divided by more, so that a row's scale fits
            its other columns too; or, for weights of 4 bits, columns of weights that matter are multiplied.
 Exact      algebraically; the parameters are rounded once more. What it changes is measured.
@@ -27,12 +30,13 @@ from fxaccel.calibration import Calibration, Moments
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, Replacement, arguments, is_call, source, target_name
 from fxaccel.passes._linear_sites import LINEAR, parameter
-from fxaccel.passes.quantized import Grid, awq, smooth
+from fxaccel.passes.quantized import Grid, awq, smooth, smoothest
 from fxaccel.progress import tracked
 from fxaccel.rule import Ops, Pass, register
 
 aten = torch.ops.aten
 METHODS = ("smoothquant", "awq")
+ROWS = 32  # of each calibration call, by which a strength is chosen
 NORMS = {"layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"}
 PRODUCTS = {aten.mul.Tensor}
 PASSES = {aten.relu.default, aten.dropout.default}  # a positive factor goes through
@@ -76,7 +80,8 @@ class Smoothing:
 class Group:
     """A value, what makes it, and the linears that read it.
 
-    way       the norm or linear that it comes from, and what follows up to the value
+    way       the norm or linear that it is divided in, and what follows up to the value; () where the value
+              is divided by a call of its own, for the reason `why`
     owners    parameters of the maker, which are divided along their first dimension
     weights   parameters of the linears, which are multiplied
     offset    what a norm adds to its weight
@@ -88,6 +93,7 @@ class Group:
     weights: tuple[fx.Node, ...]
     linears: tuple[fx.Node, ...]
     offset: float
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,16 +110,31 @@ class Plan:
         )
 
 
+class Seen:
+    """Moments of a value, and some of its rows: ROWS of each call."""
+
+    def __init__(self) -> None:
+        self.moments, self.rows = Moments(), list[Tensor]()
+
+    def add(self, value: Tensor) -> None:
+        """One more value [..., C]."""
+        self.moments.add(value)
+        rows = value.reshape(-1, value.shape[-1])
+        self.rows.append(rows[:: max(1, len(rows) // ROWS)][:ROWS].clone())
+
+
 @register
 class SmoothInputs(Pass):
     """Outliers of inputs move into the weights that read them, for quantize to follow.
 
     method      smoothquant: inputs and weights are made equally hard to round; awq: weights of large inputs
                 are made easier to round to `weights`
-    strength    of smoothquant, from 0 to 1: how much is moved
+    strength    of smoothquant, from 0 to 1: how much is moved; 0 takes for each group what leaves the least
+                error on rows of the calibration calls
     weights     the format that awq makes ready for: int4 or nf4, in groups of `group`
     group       columns that will share a scale
     zeros       whether groups of int4 will have a zero
+    insert      divide inputs by a call of its own where no parameter before them can take the factors
     """
 
     name = "smooth-inputs"
@@ -122,10 +143,11 @@ class SmoothInputs(Pass):
     serves = ("inference",)
 
     method: str = "smoothquant"
-    strength: float = 0.5
+    strength: float = 0.0
     weights: str = "int4"
     group: int = 64
     zeros: bool = True
+    insert: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -140,7 +162,11 @@ class SmoothInputs(Pass):
 
     def plan(self, program: Program) -> Plan:
         """The groups, and factors for each by the calibration calls."""
-        found = [g for g in groups(program) if self.covers(g.value if isinstance(g, Group) else g[0])]
+        found = [
+            g
+            for g in groups(program, self.insert)
+            if self.covers(g.linears[0] if isinstance(g, Group) else g[0])
+        ]
         sound = [g for g in found if isinstance(g, Group)]
         refused = tuple(g for g in found if not isinstance(g, Group))
         ways = [r.forward for r in program.adopted if r.by == self.name]
@@ -154,26 +180,35 @@ class SmoothInputs(Pass):
         if calibration is None:
             raise OptionError("there is no call to measure on", "call accelerate, which captures one")
         tensors, chosen = calibration.state(program), []
-        seen = calibration.moments(program, [g.value for g in sound])
         by_value = {g.value: g for g in sound}
-        for value, moments in tracked(seen, "smoothing inputs", len(sound)):
+        watched = calibration.watched(
+            program, list(by_value), Seen, lambda n: 8 * int(n.meta["val"].shape[-1]) ** 2
+        )
+        for value, seen in tracked(watched, "smoothing inputs", len(sound)):
             one = by_value[value]
             held = [tensors[w.name].detach() for w in one.weights]
-            chosen.append((one, self.factors(moments, held).to(held[0])))
+            factors = self.factors(seen, held)
+            if factors is None:
+                refused = (*refused, (one.linears[0], "no factors lessen the error on rows of its inputs"))
+            else:
+                chosen.append((one, factors.to(held[0])))
         return Plan(tuple(chosen), refused)
 
-    def factors(self, seen: Moments, weights: Sequence[Tensor]) -> Tensor:
-        """What the inputs of these weights are divided by."""
-        if self.method == "smoothquant":
-            return smooth(seen.largest, weights, self.strength)
-        return awq(self.grid(), torch.cat(list(weights)), seen.gram)[1]
+    def factors(self, seen: Seen, weights: Sequence[Tensor]) -> Tensor | None:
+        """What the inputs of these weights are divided by, None where that does not help."""
+        if self.method == "awq":
+            return awq(self.grid(), torch.cat(list(weights)), seen.moments.gram)[1]
+        if self.strength:
+            return smooth(seen.moments.largest, weights, self.strength)
+        found, strength = smoothest(seen.moments.largest, weights, torch.cat(seen.rows))
+        return None if strength is None else found
 
     def apply(self, program: Program, plan: Plan, driver: Any) -> None:
         """Put the scaled parameters in the place of the others."""
         for node, why in plan.refused:
             driver.refused(node, why)
         for planned, factors in plan.chosen:
-            group = _group(program, planned.value)  # an owner may be a weight of a group before
+            group = _group(program, planned.value, self.insert)  # an owner may be a weight of a group before
             assert isinstance(group, Group), group
             self.put(program, group, factors, driver)
 
@@ -199,40 +234,55 @@ class SmoothInputs(Pass):
         )
         for node, by in zip(old, made, strict=False):
             node.replace_all_uses_with(by, propagate_meta=False)
+        where = f"in %{group.way[0].name}" if group.way else f"by themselves: {group.why}"
+        if not group.way:
+            first = min(group.linears)
+            with program.graph.inserting_before(first):
+                divided = driver.call(first, aten.div.Tensor, group.value, made[-1])
+            for linear in group.linears:
+                linear.replace_input_with(group.value, divided)
         for linear in group.linears:
-            driver.applied(linear, f"its inputs are divided in %{group.way[0].name}", proof=proof.key)
+            driver.applied(linear, f"its inputs are divided {where}", proof=proof.key)
 
 
-def groups(program: Program) -> Iterator[Group | tuple[fx.Node, str]]:
+def groups(program: Program, insert: bool) -> Iterator[Group | tuple[fx.Node, str]]:
     """Each value that linears read, as a group; or the first of the linears and why it is none."""
     seen = set[fx.Node]()
     for node in program.graph.nodes:
         if is_call(node, LINEAR) and node.args[0] not in seen:
             seen.add(node.args[0])
-            found = _group(program, node.args[0])
+            found = _group(program, node.args[0], insert)
             yield (node, found) if isinstance(found, str) else found
 
 
-def _group(program: Program, value: fx.Node) -> Group | str:
+def _group(program: Program, value: fx.Node, insert: bool) -> Group | str:
     linears = tuple(u for u in value.users if is_call(u, LINEAR) and u.args[0] is value)
-    other = next((u for u in value.users if u not in linears), None)
-    if other is not None:
-        at = source(other) if other.op != "output" else ""
-        what = "the output" if other.op == "output" else target_name(other.target)
-        return f"its input is also read by {what}{f' at {at}' if at else ''}"
     weights = []
     for linear in linears:
         weight, transposed = parameter(program, arguments(linear)["weight"])
         if weight is None or transposed or not _own(program, weight):
             return "a weight that reads its input is computed, tied or read elsewhere"
         weights.append(weight)
+    found = _divided(program, value, linears)
+    if not isinstance(found, str):
+        return Group(value, found[0], found[1], tuple(weights), linears, found[2])
+    return Group(value, (), (), tuple(weights), linears, 0.0, found) if insert else found
+
+
+def _divided(
+    program: Program, value: fx.Node, linears: Sequence[fx.Node]
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...], float] | str:
+    """The way to a value, the parameters that can be divided at its start and its offset; or why not."""
+    other = next((u for u in value.users if u not in linears), None)
+    if other is not None:
+        at = source(other) if other.op != "output" else ""
+        what = "the output" if other.op == "output" else target_name(other.target)
+        return f"its input is also read by {what}{f' at {at}' if at else ''}"
     way = _maker(value)
     if isinstance(way, str):
         return way
     owners, offset = _owners(program, way[0])
-    if isinstance(owners, str):
-        return owners
-    return Group(value, way, owners, tuple(weights), linears, offset)
+    return owners if isinstance(owners, str) else (way, owners, offset)
 
 
 def _maker(value: fx.Node) -> tuple[fx.Node, ...] | str:
@@ -287,17 +337,20 @@ def _names(program: Program, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
 
 def _read(group: Group) -> list[fx.Node]:
     """What the lemma is about: all that is read on the way and by the linears, parameters among it."""
-    nodes = [a for n in (*group.way, *group.linears) for a in n.all_input_nodes if a not in group.way]
+    inside = (*group.way, *group.linears)
+    nodes = [a for n in inside for a in n.all_input_nodes if a not in group.way]
     return list(dict.fromkeys(nodes))
 
 
 def _written(op: Ops, of: Any, group: Group, scaled: bool) -> Any:
     """The sum of all that the linears make; with the parameters scaled, by numbers made of one of them."""
-    first = group.owners[0]
-    row = of(first) if first.meta["val"].dim() == 1 else op.aten.select.int(of(first), 1, 0)
+    first, axis = (group.owners[0], 1) if group.owners else (group.weights[0], 0)
+    row = of(first) if first.meta["val"].dim() == 1 else op.aten.select.int(of(first), axis, 0)
     factors = op.aten.add.Scalar(op.aten.abs.default(row), 1.0)
     held = {n: of(n) for n in _read(group)}
     if scaled:
+        if not group.way:
+            held[group.value] = op.aten.div.Tensor(held[group.value], factors)
         for i, owner in enumerate(group.owners):
             by = factors if owner.meta["val"].dim() == 1 else op.aten.unsqueeze.default(factors, 1)
             shift = 0.0 if i else group.offset

@@ -15,7 +15,11 @@ from triton.runtime.jit import JITFunction
 from fxaccel.kernels import _flash_source, _flash_spans
 
 FLASH = ("backward", "bias", "forward", "lists", "source", "tiles")
-KERNELS = ("_rows", "_butterfly", "_gemm", "_monarch", "_flash", *(f"_flash_{name}" for name in FLASH))
+QUANTIZED = ("rows", "gemm", "weights")
+KERNELS = (
+    "_rows", "_butterfly", "_gemm", "_monarch", "_flash", *(f"_flash_{name}" for name in FLASH),
+    *(f"_quantized_{name}" for name in QUANTIZED),
+)  # fmt: skip
 OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in KERNELS]
 GENERATED = (_flash_source.keep, _flash_source.bias, _flash_source.flat, _flash_spans.blocks)
 

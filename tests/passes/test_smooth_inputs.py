@@ -179,12 +179,21 @@ class Odd(Gated):
 )
 def test_inputs_that_are_not_divided_are_told_with_the_reason(change, path, words):
     model = Odd(**{change: True}).eval()
-    fast, record = smoothed(model)
+    fast, record = smoothed(model, insert=False, strength=0.5)
     told = whys(record)
     assert any(why.startswith(words) for why in told.values()), told
+    other, record = smoothed(model, strength=0.5)
+    if change == "tied":  # its weight cannot be multiplied for one of two linears
+        assert path not in {s.path for s in record.applied}
+    else:
+        (said,) = [s.why for s in record.applied if s.path == path]
+        assert said.startswith(f"its inputs are divided by themselves: {words}")
     (x,) = calls(1)[0]
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_norms_over_several_dimensions_and_values_with_other_readers_stay():
@@ -197,7 +206,7 @@ def test_norms_over_several_dimensions_and_values_with_other_readers_stay():
             h = torch.relu(self.up(self.norm(x)))
             return self.down(torch.relu(h)) + h.mean()
 
-    record = smoothed(Wide().eval())[1]
+    record = smoothed(Wide().eval(), insert=False)[1]
     assert sorted(whys(record).values()) == [
         "%relu, which its input is made of, has other readers",
         "its input comes from a norm over several dimensions",
@@ -215,6 +224,17 @@ def test_norms_over_several_dimensions_and_values_with_other_readers_stay():
 def test_options_that_make_no_sense_are_refused(options, words):
     with pytest.raises(OptionError, match=words):
         SmoothInputs(**options)
+
+
+def test_a_strength_that_does_not_help_is_not_used():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)).eval()
+    model[0].weight.data = torch.ones(WIDTH, WIDTH)  # on the grid, and of inputs that are
+    given = [(torch.randint(-127, 128, (3, WIDTH)).float(),) for _ in range(8)]
+    for (x,) in given:
+        x[:, 0] = 127
+    record = smoothed(model, given=given)[1]
+    assert whys(record) == {"0": "no factors lessen the error on rows of its inputs"}
+    assert len(smoothed(model, given=given, strength=0.5)[1].applied) == 1
 
 
 def test_it_serves_inference_alone():
