@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxaccel import weights
 from fxaccel.capture import Call
+from fxaccel.discover import available, resolve
 from fxaccel.errors import OptionError
 from fxaccel.report import Report
 from fxaccel.rule import NUMERICS, Pass
@@ -42,7 +43,8 @@ def accelerate(
 ) -> Any:
     """A module that computes what `model` computes, rewritten by `passes`.
 
-    model            any nn.Module; it is never changed, its parameters and buffers are shared
+    model            any nn.Module; it is never changed, its parameters and buffers are shared. Weights that
+                     torchao has quantized run on our kernels, whatever `allow` says
     passes           names ("fuse-norm", "fuse-norm{where=layers.*}"), Pass classes or instances;
                      None for the default passes: exact ones only
     example_inputs   arguments (a tuple) or keyword arguments (a mapping) to capture now; otherwise the
@@ -76,18 +78,38 @@ def accelerate(
         raise OptionError(f"backend is {backend!r}, expected 'python' or 'inductor'")
     if max_captures < 1:
         raise OptionError(f"max_captures is {max_captures}, expected at least 1")
+    if isinstance(model, AcceleratedModule):
+        model = model.original()
+    tree = clone_tree(model)
+    opened = weights.opened(tree, [p.opened for p in available().values()]) if _has_kinds(tree) else []
+    if opened:
+        passes, allow = _with_openers(passes, allow, {one.by for one in opened})
     settings = Settings.make(
         passes, allow=allow, strict=strict, expect=expect, check=check, backend=backend,
         max_captures=max_captures,
         calibration=tuple(Call(*_call_of(c, "a call in calibration")) for c in calibration),
     )  # fmt: skip
-    if isinstance(model, AcceleratedModule):
-        model = model.original()
-    fast = wrap(clone_tree(model), settings)
+    fast = wrap(tree, settings)
+    fast.__dict__[_KEY].replacements += opened
     if example_inputs is not None:
         args, kwargs = _call_of(example_inputs)
         fast.__dict__[_KEY].capture(fast, args, kwargs)
     return fast
+
+
+def _has_kinds(tree: nn.Module) -> bool:
+    """Whether a parameter is of another kind than PyTorch's own."""
+    return any(type(p) not in (nn.Parameter, Tensor) for p in tree.parameters())
+
+
+def _with_openers(
+    passes: Iterable[str | Pass | type[Pass]] | None, allow: str, names: set[str]
+) -> tuple[list[Pass], str]:
+    """The passes with those that have opened parameters, and a class that lets them run."""
+    given = resolve(passes)
+    more = [available()[n]() for n in sorted(names.difference(p.name for p in given))]
+    loosest = max((NUMERICS.index(p.numerics) for p in [*given, *more] if p.name in names), default=0)
+    return [*given, *more], NUMERICS[max(NUMERICS.index(allow), loosest)]
 
 
 def _call_of(example: Any, what: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,10 +20,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxaccel.errors import OptionError, RuleError
-from fxaccel.ir import Program, path
+from fxaccel.ir import Program, Replacement, path
 from fxaccel.pattern import ANY, Match, Miss, Ops, Pattern
 from fxaccel.quality import Budget
 
@@ -73,6 +73,16 @@ class Pass:
         """How much a pass that is not exact may change: its option `budget`, None for no limit."""
         budget = getattr(self, "budget", None)
         return None if budget is None else Budget.of(budget)
+
+    @classmethod
+    def opened(cls, name: str, tensor: Tensor, aliases: tuple[str, ...]) -> Replacement | None:
+        """Parameters in the place of one that another library holds in a tensor of its own kind.
+
+        name, aliases    of the parameter, which may be tied
+
+        None for kinds that the pass does not know. In captures the pass finds it in `program.adopted`.
+        """
+        return None
 
     def covers(self, node: fx.Node) -> bool:
         """Whether the node lies in the modules that `where` names."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxaccel.errors import CaptureError
 from fxaccel.ir import Program, Replacement
 from fxaccel.tree import clone_tree
+
+Opener: TypeAlias = Callable[[str, Tensor, tuple[str, ...]], "Replacement | None"]
+"""As Pass.opened."""
 
 ROUNDING = 256  # eps of its dtype that a tensor may lose on the way there and back and count as the same
 
@@ -76,12 +79,44 @@ def convert(module: nn.Module, replacements: list[Replacement]) -> None:
         replacements[at] = replace(new, initial=None)
 
 
+def _exchanged(module: nn.Module, one: Replacement, made: Sequence[Tensor]) -> Replacement:
+    """Put the new parameters in the place of the old ones."""
+    trains = not one.frozen and any(module.get_parameter(n).requires_grad for n in one.old)
+    for name in (*one.old, *one.aliases):
+        owner, key = _owner(module, name)
+        del owner._parameters[key]
+    for name, tensor in zip(one.new, made, strict=True):
+        owner, key = _owner(module, name)
+        floating = tensor.dtype.is_floating_point
+        owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
+    return replace(one, initial=None)
+
+
+def opened(module: nn.Module, openers: Sequence[Opener]) -> list[Replacement]:
+    """Exchange the parameters that other libraries hold in tensors of their own kinds, which openers know.
+
+    Others of such kinds stay: a capture sees them as the calls that they make.
+    """
+    kinds: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if type(parameter) not in (nn.Parameter, Tensor):
+            kinds.setdefault(id(parameter), []).append(name)
+    made = []
+    for name, *aliases in kinds.values():
+        tensor = module.get_parameter(name)
+        found = (one for opener in openers if (one := opener(name, tensor, tuple(aliases))) is not None)
+        one = next(found, None)
+        if one is not None:
+            made.append(_exchanged(module, one, one.made(tensor)))
+    return made
+
+
 def _refuse_lost(module: nn.Module, program: Program, replacements: list[Replacement]) -> None:
     """Raise where the graph reads a parameter that an earlier capture has replaced and this one has not."""
     here = {(r.by, r.old, r.new) for r in program.replacements}
     read = {slot.name for slot in program.state.values()}
     for one in replacements:
-        lost = read.intersection(one.old)
+        lost = read.intersection((*one.old, *one.aliases))
         if lost and (one.by, one.old, one.new) not in here:
             raise CaptureError(
                 f"this call reads {', '.join(sorted(lost))}, which {one.by} has replaced in an earlier "

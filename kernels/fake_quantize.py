@@ -96,8 +96,10 @@ def compose_backward(
     """Gradients of w, and of scale and zero where `scales`: else they are empty."""
     zeros, kind = zero is not None, _quantized.wide(w.dtype)
     if not w.numel():
-        made = [torch.zeros_like(t) if scales and t is not None else w.new_empty(0) for t in (scale, zero)]
-        return w.new_empty(w.shape), *made
+        dscale, dzero = (
+            torch.zeros_like(t) if scales and t is not None else w.new_empty(0) for t in (scale, zero)
+        )
+        return w.new_empty(w.shape), dscale, dzero
     x = _fake.units(w, scale, zero, format, group)
     moves, dy = _fake.inside(x, format, zeros), _fake.split(dy.to(kind), group)
     dw = _fake.joined(torch.where(moves, dy, 0.0), w)
@@ -135,8 +137,10 @@ def _fake_value(
 def _backward_fake(
     dy: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, format: str, group: int, scales: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = [t.new_empty(t.shape) if scales and t is not None else w.new_empty(0) for t in (scale, zero)]
-    return w.new_empty(w.shape), *made
+    dscale, dzero = (
+        t.new_empty(t.shape) if scales and t is not None else w.new_empty(0) for t in (scale, zero)
+    )
+    return w.new_empty(w.shape), dscale, dzero
 
 
 op = _operator.define(

@@ -97,8 +97,9 @@ class LinearReplacement(Pass):
 
     def plan(self, program: Program) -> Plan:
         """Choose; or do again what an earlier capture has in place."""
-        found, refused = self.open_sites(program)
-        adopted = {r.old[0]: r for r in program.adopted if r.by == self.name}
+        mine = [r for r in program.adopted if r.by == self.name]
+        adopted = {name: r for r in mine for name in (*r.old, *r.aliases)}
+        found, refused = self.open_sites(program, set(adopted))
         if adopted:
             return self.again(program, adopted, found, refused)
         calibration: Calibration | None = program.calibration
@@ -120,15 +121,23 @@ class LinearReplacement(Pass):
             return self.without_budget(fits, open_to, refused)
         return self.within_budget(budget, fits, open_to, refused)
 
-    def open_sites(self, program: Program) -> tuple[list[LinearSite], list[tuple[fx.Node, str]]]:
-        """The sites that may be replaced, and the linears that may not with the reason."""
+    def open_sites(
+        self, program: Program, adopted: set[str]
+    ) -> tuple[list[LinearSite], list[tuple[fx.Node, str]]]:
+        """The sites that may be replaced, and the linears that may not with the reason.
+
+        adopted    names of weights that are replaced already, whatever the options say
+        """
         found, refused = list[LinearSite](), list[tuple[fx.Node, str]]()
         for one in sites(program):
             node = one[0] if isinstance(one, tuple) else one.readers[0]
-            if not self.covers(node):
+            kept = not isinstance(one, tuple) and one.name in adopted
+            if not (self.covers(node) or kept):
                 continue
             if isinstance(one, tuple):
                 refused.append(one)
+            elif kept:
+                found.append(one)
             elif closed := [r for r in one.roles if r not in (*self.open_roles, *self.others)]:
                 told, also = " and ".join(closed), "|".join(closed)
                 refused.append((node, f"it is one of the {told}; ask with also={also!r}"))
@@ -150,7 +159,8 @@ class LinearReplacement(Pass):
                 assert isinstance(one.forward, Way)
                 form = one.forward.form.serving(program.grad)
                 way = dataclasses.replace(one.forward, form=form)
-                chosen.append(Chosen(site, way, None, f"{form}, as before"))
+                named = dataclasses.replace(site, name=one.old[0], aliases=one.aliases)
+                chosen.append(Chosen(named, way, None, f"{form}, as before"))
         return Plan(tuple(chosen), tuple(refused), "as in an earlier capture")
 
     def without_budget(

@@ -24,16 +24,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxaccel.cost import parameter_bytes
 from fxaccel.errors import OptionError
-from fxaccel.ir import Program, path
+from fxaccel.ir import Program, Replacement, path
 from fxaccel.passes._linear_fits import Candidate, Fits
 from fxaccel.passes._linear_form import LinearForm
 from fxaccel.passes._linear_replacement import LinearReplacement, Plan
 from fxaccel.passes._linear_sites import ATTENTION, LinearSite
-from fxaccel.passes.quantized import Grid, Observer
+from fxaccel.passes.quantized import Grid, Observer, torchao
 from fxaccel.passes.quantized._observer import BINS
 from fxaccel.passes.quantized.fake import FakeQuantizedMatrix, Trained
 from fxaccel.passes.quantized.matrix import INPUTS, METHODS, QuantizedMatrix
@@ -162,11 +162,18 @@ class Quantize(LinearReplacement):
             return "mse" if self.train == "learned" and format in ("int4", "nf4") else "nearest"
         return "nearest" if format in ("int8", "float8") else "gptq" if seen else "hqq"
 
+    @classmethod
+    def opened(cls, name: str, tensor: Tensor, aliases: tuple[str, ...]) -> Replacement | None:
+        """What takes the place of a parameter that torchao has quantized; None of any other."""
+        return torchao.opened(name, tensor, aliases, cls.name)
+
     # -- plan -------------------------------------------------------------------------------------
 
-    def open_sites(self, program: Program) -> tuple[list[LinearSite], list[tuple[fx.Node, str]]]:
-        found, refused = super().open_sites(program)
-        kept = [s for s in found if not self.formats(s)]
+    def open_sites(
+        self, program: Program, adopted: set[str]
+    ) -> tuple[list[LinearSite], list[tuple[fx.Node, str]]]:
+        found, refused = super().open_sites(program, adopted)
+        kept = [s for s in found if not self.formats(s) and s.name not in adopted]
         refused += [(s.readers[0], "the policy has no format for it") for s in kept]
         return [s for s in found if s not in kept], refused
 

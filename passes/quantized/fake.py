@@ -1,18 +1,22 @@
 """A float weight that is rounded to a grid at each call, to be trained as what it is converted to.
 
-Parts      weight: [N, K], as the model has it; scale, zero where scales are learned, float32 [N, G];
-           input_scale too where that one is fixed ("static-int8").
+Parts      weight: [N, K], as the model has it. Where scales are learned, in float32: log_scale [N, G], to
+           base 2, zero [N, G] of grids with zeros, log_input_scale [1] of "static-int8".
 Linear     of what the integer model would see: the weight on its grid, once more on that of int8 by rows
            where products are of integers and the weight has 4 bits, the inputs rounded as they will be.
 Gradients  straight through, to the weight and the inputs, but not where a value lies beyond the grid; to
            learned scales and zeros as LSQ has them. Observed scales follow the weight and have none, and the
-           calibrated one of static inputs is held fixed beside them.
+           calibrated one of static inputs is held fixed beside them. Learned ones train as logarithms: a step
+           of Adam is as large as its rate whatever the gradient, and the scale of an 8-bit weight is smaller
+           than that; of a logarithm it is a share of the scale. Decay of weights would draw scales to 1: give
+           them none.
 Convert    codes of the weight by the scales in force, as the kernel rounds it: what the linear reads is equal
            before and after, bit for bit. Only sums differ, in their order and precision.
 State      a state_dict holds the weight alone, by the original's name: learned scales are chosen anew where
            one is loaded. `save` and pickle keep them.
-Source     Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153; Jacob et al. 2018,
-           arXiv:1712.05877 (training with rounding simulated).
+Source     Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153; logarithms: Jain et al.
+           2019, "Trained Quantization Thresholds", arXiv:1903.08066; training with rounding simulated: Jacob
+           et al. 2018, arXiv:1712.05877.
 """
 
 from __future__ import annotations
@@ -73,7 +77,8 @@ class FakeQuantizedMatrix(LinearForm):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("weight", *(self.into.parts[1:] if self.learned else ()))
+        logs = (part if part == "zero" else f"log_{part}" for part in self.into.parts[1:])
+        return ("weight", *(logs if self.learned else ()))
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -107,10 +112,11 @@ class FakeQuantizedMatrix(LinearForm):
         return self._with_scales(weight, self.into.grid.scales(weight) if self.learned else None)
 
     def _with_scales(self, weight: Tensor, scales: Scales | None) -> Parts:
-        held = [] if scales is None else [s.float() for s in scales if s is not None]
-        if scales is not None and self._static:
-            held.append(self._calibrated(weight))
-        return (weight.contiguous(), *held)
+        if scales is None:
+            return (weight.contiguous(),)
+        scale, zero = scales
+        held = [scale.float().log2(), *([] if zero is None else [zero.float()])]
+        return (weight.contiguous(), *held, *([self._calibrated(weight).log2()] if self._static else []))
 
     def _calibrated(self, like: Tensor) -> Tensor:
         return torch.tensor([self.into.input_scale], dtype=torch.float32, device=like.device)
@@ -122,15 +128,15 @@ class FakeQuantizedMatrix(LinearForm):
         into, grid, group, fake = self.into, self.into.grid, self._group, _module("_fake")
         named = dict(zip(self.parts[1:], given, strict=True))
         if self.learned:
-            scale, zero = fake.in_force(named["scale"], named.get("zero"), grid.format)
+            scale, zero = fake.in_force(named["log_scale"].exp2(), named.get("zero"), grid.format)
         else:
             scale, zero = fake.observed(weight, grid.format, group, grid.zeros)
         levels = fake.nearest(fake.units(weight, scale, zero, grid.format, group), grid.format, grid.zeros)
         codes = grid.codes_of(fake.joined(levels.double(), weight.double()))
         held = [p.contiguous() for p in grid.pack(codes, scale, zero) if p is not None]
         if self._static:
-            by = named.get("input_scale")
-            by = self._calibrated(weight) if by is None else fake.in_force(by, None, "int8")[0]
+            log = named.get("log_input_scale")
+            by = self._calibrated(weight) if log is None else fake.in_force(log.exp2(), None, "int8")[0]
             into = dataclasses.replace(into, input_scale=float(by))
             held.append(by)
         return into, tuple(held)
@@ -145,9 +151,9 @@ class FakeQuantizedMatrix(LinearForm):
     def dense(self, op: Ops, *parts: Any) -> Any:
         """The weight on its grid; the float one is `Trained.inverse`."""
         named = dict(zip(self.parts, parts, strict=True))
-        grid, scales = self.into.grid, (named.get("scale"), named.get("zero"))
-        kernel = _module("fake_quantize").op
-        return op(kernel, named["weight"], *scales, grid.format, self._group, grid.zeros)
+        grid, kernel = self.into.grid, _module("fake_quantize").op
+        scale = op.aten.exp2.default(named["log_scale"]) if self.learned else None
+        return op(kernel, named["weight"], scale, named.get("zero"), grid.format, self._group, grid.zeros)
 
     def ready(self, op: Ops, parts: Iterable[Any]) -> tuple[Any, ...]:
         """The weight that tables are looked up in, that which linears read, the scale of the inputs."""
@@ -155,7 +161,8 @@ class FakeQuantizedMatrix(LinearForm):
         weight = seen = self.dense(op, *parts)
         if self.into.inputs != "none" and self.into.grid.bits == 4:
             seen = op(_module("fake_quantize_rows").op, weight, torch.int8)
-        return (weight, seen, *(parts[-1:] if self.learned and self._static else ()))
+        static = parts[-1:] if self.learned and self._static else ()
+        return (weight, seen, *(op.aten.exp2.default(p) for p in static))
 
     def linear(self, op: Ops, x: Any, parts: Iterable[Any], bias: Any) -> Any:
         _, weight, *static = parts

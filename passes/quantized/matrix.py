@@ -56,6 +56,7 @@ class QuantizedMatrix(LinearForm):
     input_scale  of "static-int8"
     narrow       whether products of float32 inputs are made in bfloat16
     trains       whether gradients flow to the inputs
+    scales       dtype of scales and zeros, None for the grid's own
     """
 
     grid: Grid
@@ -65,6 +66,7 @@ class QuantizedMatrix(LinearForm):
     input_scale: float = 0.0
     narrow: bool = False
     trains: bool = False
+    scales: torch.dtype | None = None
 
     name: ClassVar[str] = "quantized"
     tables: ClassVar[bool] = True
@@ -97,7 +99,8 @@ class QuantizedMatrix(LinearForm):
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         held = self.grid.empty(self.rows, self.columns)
         static = (torch.float32,) if self.inputs == "static-int8" else ()
-        return (*(p.dtype for p in held if p is not None), *static)
+        kind = self.scales or self.grid.scale_dtype
+        return (held.q.dtype, kind, *((kind,) if held.zero is not None else ()), *static)
 
     def work(self) -> tuple[float, str]:
         share = self.nbytes(self.dtype) / (self.rows * self.columns * self.dtype.itemsize)
@@ -120,6 +123,7 @@ class QuantizedMatrix(LinearForm):
 
     def _with_input(self, weight: Tensor, held: Iterable[Tensor | None]) -> Parts:
         parts = tuple(p.contiguous() for p in held if p is not None)
+        parts = tuple(p.to(d) for p, d in zip(parts, self.dtypes(self.dtype), strict=False))
         if self.inputs == "static-int8":
             parts = (*parts, torch.tensor([self.input_scale], dtype=torch.float32, device=weight.device))
         return parts

@@ -1,4 +1,4 @@
-"""quantize{train=...}: floats that are rounded at each call, what they learn, and what convert() makes of them."""
+"""quantize{train=...}: floats that are rounded at each call, what they learn, and what convert() makes."""
 
 import copy
 import pickle
@@ -94,30 +94,29 @@ def evaluated(fast, x):
 
 
 @pytest.mark.parametrize(
-    ("train", "weight"),
-    [("observed", "%p_q_weight_weight, None, None,"),
-     ("learned", "%p_q_weight_weight, %p_q_weight_scale, %p_q_weight_zero,")],
-)  # fmt: skip
-def test_weights_and_inputs_are_rounded_in_the_graph(train, weight):
+    ("train", "scales"),
+    [("observed", "None, None,"), ("learned", "%exp2_default, %p_q_weight_zero,")],
+)
+def test_weights_and_inputs_are_rounded_in_the_graph(train, scales):
     x = drawn(2, 5, WIDTH)
     fast = prepared(Net(), x, weights="int4", train=train, where="q|k")
     record = fast.report()["quantize"]
     assert {s.path for s in record.applied} == {"q", "k"}
     assert all(s.proof for s in record.applied)
-    lines = [
-        " ".join(line.split("#")[0].split()) for line in listing(session(fast).all[0].program).split("\n")
+    text = listing(session(fast).all[0].program).split("\n")
+    lines = [" ".join(line.split("#")[0].split()) for line in text if "by quantize" in line]
+    learned = train == "learned"
+    assert lines[: 4 + learned] == [
+        *["%exp2_default = aten.exp2(%p_q_weight_log_scale)"] * learned,
+        f"%fake_quantize_default = fxaccel.fake_quantize(%p_q_weight_weight, {scales} 'int4', 8, True)",
+        "%fake_quantize_rows_default = fxaccel.fake_quantize_rows(%fake_quantize_default, i8)",
+        "%fake_quantize_rows_default_1 = fxaccel.fake_quantize_rows(%layer_norm, i8)",
+        "%linear = aten.linear(%fake_quantize_rows_default_1, %fake_quantize_rows_default, %p_q_bias)",
     ]
-    mine = [line for line in lines if "p_q_" in line or "(%layer_norm" in line]
-    assert mine[-4:] == [
-        "%fake_quantize_rows_1 = fxaccel.fake_quantize_rows(%layer_norm, i8)",
-        f"%fake_quantize_1 = fxaccel.fake_quantize({weight} 'int4', 8, True)",
-        "%fake_quantize_rows_2 = fxaccel.fake_quantize_rows(%fake_quantize_1, i8)",
-        "%linear_1 = aten.linear(%fake_quantize_rows_1, %fake_quantize_rows_2, %p_q_bias)",
-    ]
-    assert (
-        f"int4-g8 with zeros{' by mse' * (train == 'learned')}, inputs dynamic-int8, to train with {train} "
-    )
-    assert f"to train with {train} scales: 0." in record.plan
+    assert sum("(%layer_norm, i8)" in line for line in lines) == 1  # both linears read it
+    by = " by mse" if learned else ""
+    told = f"q.weight: int4-g8 with zeros{by}, inputs dynamic-int8, to train with {train} scales: 0."
+    assert told in record.plan
     assert "of the bytes once converted" in record.plan
 
 
@@ -139,10 +138,10 @@ def test_everything_is_trained(format, inputs, train):
     fast = prepared(model, x, weights=format, inputs=inputs, train=train)
     assert len(fast.report()["quantize"].applied) == 4
     before = {n: p.detach().clone() for n, p in fast.named_parameters()}
-    learned = {n.rpartition("_")[2] for n in before if n.startswith("up.weight_")} - {"weight"}
-    grid_parts = {"scale"} | ({"zero"} if format == "int4" else set())
-    static = {"scale"} if inputs == "static-int8" else set()  # of up.weight_input_scale
-    assert learned == (grid_parts | static if train == "learned" else set())
+    parts = ["log_scale", "zero", "log_input_scale"] if train == "learned" else []
+    parts = [p for p in parts if (p != "zero" or format == "int4")]
+    parts = [p for p in parts if (p != "log_input_scale" or inputs == "static-int8")]
+    assert [n for n in before if n.startswith("up.weight_")] == [f"up.weight_{p}" for p in ("weight", *parts)]
     target = drawn(3, 40, WIDTH, seed=3)
     optimizer = torch.optim.Adam(fast.parameters(), lr=3e-3)
     losses = []
@@ -157,10 +156,9 @@ def test_everything_is_trained(format, inputs, train):
     y = evaluated(fast, x)
     assert len(session(fast).replacements) == 4  # evaluation reads what training made
     fast.train()
-    with torch.no_grad():
-        trained = fast(x)
+    trained = fast(x).detach()
     if inputs == "none":  # the integer model's products are of bfloat16, and evaluation shows it
-        assert not torch.equal(y, trained) or "aten.to.dtype" not in targets(session(fast).all[0].program)
+        assert 0 < float((y - trained).norm() / trained.norm()) < 2.0**-7
     else:
         assert torch.equal(y, trained)
     held = fast.state_dict()
@@ -176,14 +174,14 @@ def test_gradients_are_those_of_the_rounded_model():
     dy = drawn(30, 20, seed=4)
     fast(x).backward(dy)
     named = dict(fast.named_parameters())
-    weight, scale, zero = (named[f"l.weight_{p}"] for p in ("weight", "scale", "zero"))
-    wide = fake_quantize_rows.op(fake_quantize.op(weight, scale, zero, "int4", 8, True), torch.int8)
+    weight, log, zero = (named[f"l.weight_{p}"] for p in ("weight", "log_scale", "zero"))
+    wide = fake_quantize_rows.op(fake_quantize.op(weight, log.exp2(), zero, "int4", 8, True), torch.int8)
     seen = fake_quantize_rows.op(x, torch.int8)
     torch.testing.assert_close(x.grad, dy @ wide.detach())
-    through = torch.autograd.grad(wide, (weight, scale, zero), (dy.mT @ seen).detach())
-    for got, want in zip((weight.grad, scale.grad, zero.grad), through, strict=True):
+    through = torch.autograd.grad(wide, (weight, log, zero), (dy.mT @ seen).detach())
+    for got, want in zip((weight.grad, log.grad, zero.grad), through, strict=True):
         torch.testing.assert_close(got, want)
-    assert scale.grad.any()
+    assert log.grad.any()
 
 
 def test_what_was_held_fixed_stays_fixed():
@@ -191,7 +189,7 @@ def test_what_was_held_fixed_stays_fixed():
     model.up.weight.requires_grad_(False)
     fast = prepared(model, drawn(2, 5, WIDTH))
     assert not fast.get_parameter("up.weight_weight").requires_grad
-    assert not fast.get_parameter("up.weight_scale").requires_grad
+    assert not fast.get_parameter("up.weight_log_scale").requires_grad
     assert fast.get_parameter("down.weight_weight").requires_grad
 
 
@@ -202,7 +200,7 @@ def test_what_was_held_fixed_stays_fixed():
 @kinds
 @forms
 def test_the_integer_model_computes_what_was_trained(format, inputs, train, dtype):
-    """fp32 loses an eps a summand on both sides; bf16 rounds the inputs, the weights and both results once."""
+    """fp32 loses an eps a summand on both sides; bf16 rounds inputs, weights and both results once."""
     x, model = drawn(40, 37, dtype=dtype), One().to(dtype)
     fast = prepared(model, x, weights=format, inputs=inputs, train=train, also="heads")
     stepped(fast, x)
@@ -264,7 +262,7 @@ def test_tables_heads_and_transposed_weights():
         assert len(session(fast).replacements) == 3
         assert fast.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(v, model.state_dict()[n]) for n, v in fast.state_dict().items())
-        losses = stepped(fast, i, steps=3)
+        losses = stepped(fast, i, steps=3, lr=1e-3)
         assert losses[-1] < losses[0]
         y = evaluated(fast, i)
         weights = fast.state_dict()
@@ -279,9 +277,10 @@ def test_scales_that_moved_are_those_that_are_stored():
     x = drawn(3, 40, WIDTH)
     fast = prepared(Net(), x, weights="int8", inputs="static-int8")
     with torch.no_grad():
-        fast.get_parameter("up.weight_scale").mul_(-1.5)
-        fast.get_parameter("up.weight_input_scale").mul_(2)
-    scale, by = (fast.get_parameter(f"up.weight_{p}").detach().abs() for p in ("scale", "input_scale"))
+        fast.get_parameter("up.weight_log_scale").add_(0.3)
+        fast.get_parameter("up.weight_log_input_scale").sub_(0.5)
+    parts = ("log_scale", "log_input_scale")
+    scale, by = (fast.get_parameter(f"up.weight_{p}").detach().exp2() for p in parts)
     y = evaluated(fast, x)
     z = evaluated(fast.convert(), x)
     assert torch.equal(fast.get_parameter("up.weight_scale"), scale)
@@ -352,8 +351,8 @@ def test_options():
 
 
 def test_formats_are_chosen_by_what_they_become():
-    """On average 6 bits: some weights of 4, the others of 8."""
-    fast = prepared(Net(), drawn(3, 40, WIDTH), weights="int8|int4", effective_bits=7.5, inputs="none")
+    """Of int4 6 bits with a scale for 8 columns, of int8 9 with one for 24 or 50: some become either."""
+    fast = prepared(Net(), drawn(3, 40, WIDTH), weights="int8|int4", effective_bits=7.5, zeros=False)
     grids = {r.old[0]: r.forward.form.into.grid.bits for r in session(fast).replacements}
     assert set(grids.values()) == {4, 8}
     fast.convert()
@@ -408,6 +407,5 @@ def test_training_recovers_half_of_what_rounding_costs(inputs):
     for train in KINDS:
         fast = prepared(start, task(512, 1)[0], **options, train=train)
         trained = loss(fitted(fast, 150, 2e-3).convert())
-        print(f"{inputs} {train}: float {floats:.4f}, nearest {rounded:.4f}, trained {trained:.4f}")
-        assert rounded > 2 * floats
+        assert rounded > 1.5 * floats
         assert rounded - trained >= 0.5 * (rounded - floats)
