@@ -18,12 +18,10 @@ from fxaccel.kernels._triton import tl, triton
 
 
 @triton.jit
-def _normed(
-    z, rstd, w_ptr, b_ptr, x_ptr, col, inside, mask, offset, ROUND_FIRST: tl.constexpr,
-):  # fmt: skip
-    """The norm of centred z: [ROWS, BLOCK] as it would be stored, in fp32; 0 outside."""
+def _normed(z, rstd, w_ptr, b_ptr, x_ptr, col, inside, offset, ROUND_FIRST: tl.constexpr):
+    """The norm of centred z: [ROWS, BLOCK] as it would be stored, in fp32."""
     y = _affine(z * rstd[:, None], w_ptr, b_ptr, x_ptr, col, inside, offset, ROUND_FIRST)
-    return tl.where(mask, y.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)  # 0 * rstd may be NaN
+    return y.to(x_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -47,7 +45,8 @@ def rows_kernel(
         mean = tl.sum(z, axis=1) / C
         z = tl.where(mask, z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(z * z, axis=1) / C + eps)  # masked lanes hold 0 and add nothing
-    y = _normed(z, rstd, w_ptr, b_ptr, x_ptr, col, inside, mask, offset, ROUND_FIRST)
+    # masked lanes hold 0 here too, or NaN where rstd is not finite and the whole row is NaN
+    y = _normed(z, rstd, w_ptr, b_ptr, x_ptr, col, inside, offset, ROUND_FIRST)
     a, bad = _largest(y, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.int32))
     scale, factor = _scales(a, bad, LEAST, TOP)
     tl.store(scale_ptr + row, scale, live)
@@ -93,14 +92,14 @@ def wide_rows_kernel(
     for start in range(0, C, BLOCK):
         z, col, inside, mask, _ = _piece(x_ptr, r_ptr, row, start, N, C, x_stride, r_stride, BLOCK)
         z -= mean[:, None]
-        y = _normed(z, rstd, w_ptr, b_ptr, x_ptr, col, inside, mask, offset, ROUND_FIRST)
-        a, bad = _largest(y, a, bad)
+        y = _normed(z, rstd, w_ptr, b_ptr, x_ptr, col, inside, offset, ROUND_FIRST)
+        a, bad = _largest(tl.where(mask, y, 0.0), a, bad)
     scale, factor = _scales(a, bad, LEAST, TOP)
     tl.store(scale_ptr + row, scale, live)
     for start in range(0, C, BLOCK):
         z, col, inside, mask, at = _piece(x_ptr, r_ptr, row, start, N, C, x_stride, r_stride, BLOCK)
         z -= mean[:, None]
-        y = _normed(z, rstd, w_ptr, b_ptr, x_ptr, col, inside, mask, offset, ROUND_FIRST)
+        y = _normed(z, rstd, w_ptr, b_ptr, x_ptr, col, inside, offset, ROUND_FIRST)
         tl.store(q_ptr + at, _rounded(y * factor[:, None], TOP, WHOLE), mask)
 
 

@@ -183,7 +183,13 @@ def integers(q: Tensor, w: Tensor) -> Tensor:
     """The int32 product of int8 q [M, K] with w [N, K] on the CPU."""
     if not (q.numel() and w.numel()):
         return torch.zeros(len(q), len(w), dtype=torch.int32, device=q.device)
-    return torch._int_mm(q, w.t()) if exact() else floats(q, w)
+    return torch._int_mm(_by_rows(q), _by_rows(w).t()) if exact() else floats(q, w)
+
+
+def _by_rows(t: Tensor) -> Tensor:
+    """t [M, K] with rows K apart: `_int_mm` believes the stride of a dimension of one element."""
+    t = t.contiguous()
+    return t if t.stride() == (t.shape[1], 1) else t.as_strided(t.shape, (t.shape[1], 1))
 
 
 class _NoDerivative(torch.autograd.Function):

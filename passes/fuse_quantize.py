@@ -20,7 +20,6 @@ Source     fusing the rounding of inputs into what precedes: Yao et al. 2022, "Z
 
 import dataclasses
 import operator
-from typing import Any
 
 import torch
 from torch import fx
@@ -63,7 +62,7 @@ def _with_results(m: Match) -> Match | Miss:
 
 def _results(m: Match, made: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     """For each that may be read, what takes its place: codes and scales come first of what is made."""
-    return tuple(made[g.args[1]] if g.args[0] is m.root else made[2] for g in m.outputs)  # type: ignore
+    return tuple(made[g.args[1]] if g.args[0] is m.root else made[2] for g in m.outputs)
 
 
 class NormQuantize(Rounded):
@@ -88,17 +87,15 @@ class NormQuantize(Rounded):
             return
         if m.dims is not None and list(m.dims) != [x.shape[-1]]:
             yield f"it normalises over {list(m.dims)}; the kernel takes the last dimension, {x.shape[-1]}"
-        made = m.root.args[0].meta["val"].dtype
-        if made != x.dtype:
-            yield f"the norm is {made}, its input {x.dtype}"
-        yield from norm_quantize.unsupported(x, r, w, b, *_how(m), m.dtype)
+        eps, centred, offset, round_first = _how(m)
+        yield from norm_quantize.unsupported(x, r, w, b, eps, centred, offset, round_first, m.dtype)
 
     def rewrite(self, op: Ops, m: Match):
         made = op.fxaccel.norm_quantize.default(m.x, m.r, m.w, m.b, *_how(m), m.dtype)
         return _results(m, made)
 
 
-def _how(m: Match) -> tuple[Any, ...]:
+def _how(m: Match) -> tuple[float, bool, float, bool]:
     """eps, centred, offset and round_first."""
     if m.chose("rms") or m.chose("add_rms"):
         return float(m.eps), False, float(m.offset), bool(m.round_first)

@@ -52,9 +52,11 @@ def test_moments_are_the_sums_of_outer_products_over_the_fitted_calls(at_once, m
         torch.testing.assert_close(seen.gram, rows.T @ rows, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(seen.largest.double(), rows.abs().amax(0), rtol=1e-6, atol=0)
         assert seen.peaks == pytest.approx(float(rows.abs().amax(1).square().sum()), rel=1e-6)
-        assert seen.rows == len(rows) and seen.gram.dtype == torch.float64
+        assert seen.rows == len(rows)
+        assert seen.gram.dtype == torch.float64
     both, (a, b) = found[inputs[0]] + found[inputs[0]], (found[inputs[0]],) * 2
-    assert both.rows == a.rows + b.rows and both.peaks == a.peaks + b.peaks
+    assert both.rows == a.rows + b.rows
+    assert both.peaks == a.peaks + b.peaks
     torch.testing.assert_close(both.gram, a.gram + b.gram)
 
 

@@ -161,7 +161,7 @@ class QuantizedMatrix(LinearForm):
 
     def _named(self, parts: Iterable[Any]) -> tuple[Any, Any, Any, Any]:
         """q, scale, zero or None, input_scale or None."""
-        named = dict(zip(self.parts, parts, strict=True))
+        named = dict(zip(self.parts, parts, strict=False))  # what is made ready comes after
         return named["q"], named["scale"], named.get("zero"), named.get("input_scale")
 
     def dense(self, op: Ops, *parts: Any) -> Any:
@@ -177,8 +177,7 @@ class QuantizedMatrix(LinearForm):
         if not self._rounds or self.grid.bits == 8:
             return parts
         rows = op(_kernel("quantize_rows"), self._dense(op, parts, self.dtype), torch.int8)
-        static = parts[-1:] if self.inputs == "static-int8" else ()
-        return (op(operator.getitem, rows, 0), op(operator.getitem, rows, 1), *static)
+        return (*parts, op(operator.getitem, rows, 0), op(operator.getitem, rows, 1))
 
     def linear(self, op: Ops, x: Any, parts: Iterable[Any], bias: Any) -> Any:
         if not self._rounds:
@@ -187,8 +186,9 @@ class QuantizedMatrix(LinearForm):
             form, group = self.grid.format, self._group
             y = op(_kernel("weight_only_linear"), x, q, scale, zero, bias, form, group)
             return op.aten.to.dtype(y, self.dtype) if self.narrow else y
-        q, scale, *static = parts
-        codes, by = self._rounded(op, x, static)
+        parts = tuple(parts)
+        codes, by = self._rounded(op, x, parts)
+        q, scale = parts[:2] if self.grid.bits == 8 else parts[-2:]
         return op(_kernel("quantized_linear"), codes, by, q, scale, bias, self.dtype)
 
     def definition(self, op: Ops, x: Any, parts: Iterable[Any], bias: Any) -> Any:
@@ -198,11 +198,11 @@ class QuantizedMatrix(LinearForm):
             x, bias = self._narrowed(op, x), self._narrowed(op, bias)
             y = op.aten.linear.default(x, self._dense(op, parts, kind), bias)
             return op.aten.to.dtype(y, self.dtype) if self.narrow else y
-        codes, by = self._rounded(op, x, parts[-1:] if self.inputs == "static-int8" else ())
+        codes, by = self._rounded(op, x, parts)
         if self.grid.bits == 8:
             weight = self._dense(op, parts, torch.float32)
         else:
-            q, scale, *_ = self.ready(op, parts)
+            q, scale = self.ready(op, parts)[-2:]
             weight = op.aten.mul.Tensor(op.aten.to.dtype(q, torch.float32), scale)
         seen = op.aten.mul.Tensor(op.aten.to.dtype(codes, torch.float32), by)
         bias = None if bias is None else op.aten.to.dtype(bias, torch.float32)
@@ -221,10 +221,11 @@ class QuantizedMatrix(LinearForm):
     def _narrowed(self, op: Ops, x: Any) -> Any:
         return x if x is None or not self.narrow else op.aten.to.dtype(x, torch.bfloat16)
 
-    def _rounded(self, op: Ops, x: Any, static: Iterable[Any]) -> tuple[Any, Any]:
+    def _rounded(self, op: Ops, x: Any, parts: Iterable[Any]) -> tuple[Any, Any]:
         """Codes of the inputs, and their scales."""
-        for scale in static:
-            return op(_kernel("quantize_tensor"), x, scale, torch.int8), scale
+        *_, static = self._named(parts)
+        if static is not None:
+            return op(_kernel("quantize_tensor"), x, static, torch.int8), static
         dtype = torch.int8 if self.inputs == "dynamic-int8" else torch.float8_e4m3fn
         rows = op(_kernel("quantize_rows"), x, dtype)
         return op(operator.getitem, rows, 0), op(operator.getitem, rows, 1)

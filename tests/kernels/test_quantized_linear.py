@@ -330,3 +330,14 @@ def test_on_a_gpu_float8_is_unpacked_where_it_is_not_multiplied(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6")
     assert not _quantized_gemm.multiplies_float8(Q)
     assert not _gemm.on_gpu(Q)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 40), (3, 1), (1, 1)])
+def test_one_row_of_any_stride_is_read_as_one_row(rows, n):
+    """A dimension of one element may have any stride, and PyTorch calls the tensor contiguous."""
+    q, scale, w, w_scale, b = tensors(64, n, rows)
+    want = kernel.compose(q, scale, w, w_scale, b, torch.float32)
+    odd = [t.as_strided(t.shape, (1, 1)) if len(t) == 1 else t for t in (q, w)]
+    assert all(t.is_contiguous() for t in odd)
+    assert torch.equal(kernel.compose(odd[0], scale, odd[1], w_scale, b, torch.float32), want)
+    assert torch.equal(kernel.direct(odd[0], scale, odd[1], w_scale, b, torch.float32), want)

@@ -77,8 +77,8 @@ def test_linears_of_one_input_share_what_it_is_rounded_to():
     ]
     assert [line for line in after if "quantize" in line] == [
         "%getitem, %getitem_1 = fxaccel.quantize_rows(%layer_norm, i8)",
-        "%linear = fxaccel.quantized_linear(%getitem, %getitem_1, %p_k_weight_q, %p_k_weight_scale, %p_k_bias, "
-        "f32)",
+        "%linear = fxaccel.quantized_linear(%getitem, %getitem_1, %p_k_weight_q, %p_k_weight_scale, "
+        "%p_k_bias, f32)",
         "%linear_1 = fxaccel.quantized_linear(%getitem, %getitem_1, %p_q_weight_q, %p_q_weight_scale, "
         "%p_q_bias, f32)",
     ]
@@ -246,7 +246,7 @@ IDS = [(torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(i)),) 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"weights": "int4", "inputs": "none"},
+        {}, {"weights": "int4", "inputs": "none"}, {"weights": "int4"},
         {"weights": "float8", "inputs": "none", "tensorwise": True},
     ],
 )  # fmt: skip

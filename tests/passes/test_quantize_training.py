@@ -78,6 +78,18 @@ def prepared(model, x, **options):
     return fxaccel.accelerate(model, passes=[Quantize(**options)], allow="approximate", example_inputs=(x,))
 
 
+def fitted(model, steps, lr, x, y):
+    """The model after that many steps towards y."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
 def stepped(fast, x, steps=4, lr=1e-2):
     """Losses over a few steps, from which all that trains has moved."""
     optimizer = torch.optim.Adam(fast.parameters(), lr=lr)
@@ -127,9 +139,6 @@ def test_nothing_is_timed_and_nothing_refused_for_its_time(monkeypatch):
         assert len(fast.report()["quantize"].applied) == 4
 
 
-# -- it trains -------------------------------------------------------------------------------------
-
-
 @kinds
 @forms
 def test_everything_is_trained(format, inputs, train):
@@ -138,20 +147,13 @@ def test_everything_is_trained(format, inputs, train):
     fast = prepared(model, x, weights=format, inputs=inputs, train=train)
     assert len(fast.report()["quantize"].applied) == 4
     before = {n: p.detach().clone() for n, p in fast.named_parameters()}
-    parts = ["log_scale", "zero", "log_input_scale"] if train == "learned" else []
-    parts = [p for p in parts if (p != "zero" or format == "int4")]
-    parts = [p for p in parts if (p != "log_input_scale" or inputs == "static-int8")]
-    assert [n for n in before if n.startswith("up.weight_")] == [f"up.weight_{p}" for p in ("weight", *parts)]
+    more = ["zero"] * (format == "int4") + ["log_input_scale"] * (inputs == "static-int8")
+    parts = ["weight", "log_scale", *more] if train == "learned" else ["weight"]
+    assert [n for n in before if n.startswith("up.weight_")] == [f"up.weight_{p}" for p in parts]
     target = drawn(3, 40, WIDTH, seed=3)
-    optimizer = torch.optim.Adam(fast.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(25):
-        optimizer.zero_grad()
-        loss = F.mse_loss(fast(x), target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    first = float(F.mse_loss(fast(x).detach(), target))
+    fitted(fast, 25, 3e-3, x, target)
+    assert float(F.mse_loss(fast(x).detach(), target)) < 0.9 * first
     assert all(not torch.equal(before[n], p) for n, p in fast.named_parameters())
     y = evaluated(fast, x)
     assert len(session(fast).replacements) == 4  # evaluation reads what training made
@@ -191,9 +193,6 @@ def test_what_was_held_fixed_stays_fixed():
     assert not fast.get_parameter("up.weight_weight").requires_grad
     assert not fast.get_parameter("up.weight_log_scale").requires_grad
     assert fast.get_parameter("down.weight_weight").requires_grad
-
-
-# -- convert ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -337,9 +336,6 @@ def test_what_cannot_be_converted():
         fast.convert()
 
 
-# -- options ---------------------------------------------------------------------------------------
-
-
 def test_options():
     with pytest.raises(OptionError, match="train names 'on', expected some of frozen, observed, learned"):
         Quantize(train="on")
@@ -377,18 +373,6 @@ def task(count, seed):
     return x, torch.sin(x @ drawn(6, 6, seed=9)) + 0.5 * x.square()
 
 
-def fitted(model, steps, lr):
-    x, y = task(512, seed=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.mse_loss(model(x), y).backward()
-        optimizer.step()
-        schedule.step()
-    return model
-
-
 def loss(model):
     """On inputs that nothing was trained on."""
     x, y = task(2048, seed=2)
@@ -397,15 +381,19 @@ def loss(model):
 
 @pytest.mark.parametrize("inputs", ["none", "dynamic-int8"])
 def test_training_recovers_half_of_what_rounding_costs(inputs):
-    """Of the loss on unseen inputs, beside the float model after as many steps more."""
-    start = fitted(Perceptron(), 800, 1e-2)
+    """Of the loss on unseen inputs, beside the float model after as many steps more.
+
+    Biases that are trained around weights held fixed recover more than half as well; weights do better.
+    """
+    given = task(512, seed=1)
+    start = fitted(Perceptron(), 800, 1e-2, *given)
     options = {"weights": "int4", "inputs": inputs, "group": 32, "also": "heads"}
-    nearest = prepared(
-        start, task(512, 1)[0], **options, train="frozen", method="nearest", even_if_slower=True
-    )
-    rounded, floats = loss(nearest), loss(fitted(copy.deepcopy(start), 150, 2e-3))
+    nearest = prepared(start, given[0], **options, train="frozen", method="nearest", even_if_slower=True)
+    rounded, floats = loss(nearest), loss(fitted(copy.deepcopy(start), 150, 2e-3, *given))
+    around = loss(fitted(nearest.train(), 150, 2e-3, *given))
     for train in KINDS:
-        fast = prepared(start, task(512, 1)[0], **options, train=train)
-        trained = loss(fitted(fast, 150, 2e-3).convert())
+        fast = prepared(start, given[0], **options, train=train)
+        trained = loss(fitted(fast, 150, 2e-3, *given).convert())
         assert rounded > 1.5 * floats
         assert rounded - trained >= 0.5 * (rounded - floats)
+        assert trained < around

@@ -273,7 +273,8 @@ def test_a_table_that_is_also_the_head_is_replaced_once_and_stays_one_in_the_sta
     assert [s.path for s in record.applied] == ["table", "head"]
     torch.testing.assert_close(fast(*IDS[0]), model(*IDS[0]), rtol=1e-4, atol=1e-4)
     names = {n for n, _ in fast.named_parameters()} - {n for n, _ in model.named_parameters()}
-    assert {n.partition("_")[2] for n in names} == {"down", "up"} and len(names) == 2
+    assert {n.partition("_")[2] for n in names} == {"down", "up"}
+    assert len(names) == 2
     assert not {"table.weight", "head.weight"} & {n for n, _ in fast.named_parameters()}
     for name, value in fast.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name])
