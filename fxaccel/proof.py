@@ -60,7 +60,7 @@ class Fragment:
         env: dict[fx.Node, Any] = dict(zip(self.inputs, values, strict=True))
         body = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
         run_nodes(body, env, self.root, double=double, still=True)
-        return [env[n] for n in self.outputs]
+        return [_comparable(env[n]) for n in self.outputs]
 
     def drops(self) -> list[float]:
         """The probabilities with which its calls drop values at random."""
@@ -416,6 +416,12 @@ def _weights(output: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(output.numel())
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     return weights.to(output.dtype)
+
+
+def _comparable(value: Any) -> Any:
+    """Floats of one byte, which no operator compares, as they are in float32."""
+    codes = isinstance(value, Tensor) and value.dtype.is_floating_point and value.itemsize == 1
+    return value.float() if codes else value
 
 
 def _informative(result: tuple[list[Any], list[Any]]) -> bool:

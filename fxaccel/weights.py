@@ -44,7 +44,7 @@ def adopt(module: nn.Module, program: Program, replacements: list[Replacement]) 
     return before
 
 
-def _exchange(module: nn.Module, gone: Sequence[str], one: Replacement, made: Sequence[torch.Tensor]) -> None:
+def _exchange(module: nn.Module, gone: Sequence[str], one: Replacement, made: Sequence[Tensor]) -> None:
     """Put tensors in the module under the new names of a replacement; they train if what is gone did."""
     trains = not one.frozen and any(module.get_parameter(n).requires_grad for n in gone)
     for name in gone:
@@ -79,19 +79,6 @@ def convert(module: nn.Module, replacements: list[Replacement]) -> None:
         replacements[at] = replace(new, initial=None)
 
 
-def _exchanged(module: nn.Module, one: Replacement, made: Sequence[Tensor]) -> Replacement:
-    """Put the new parameters in the place of the old ones."""
-    trains = not one.frozen and any(module.get_parameter(n).requires_grad for n in one.old)
-    for name in (*one.old, *one.aliases):
-        owner, key = _owner(module, name)
-        del owner._parameters[key]
-    for name, tensor in zip(one.new, made, strict=True):
-        owner, key = _owner(module, name)
-        floating = tensor.dtype.is_floating_point
-        owner._parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=trains and floating)
-    return replace(one, initial=None)
-
-
 def opened(module: nn.Module, openers: Sequence[Opener]) -> list[Replacement]:
     """Exchange the parameters that other libraries hold in tensors of their own kinds, which openers know.
 
@@ -107,7 +94,8 @@ def opened(module: nn.Module, openers: Sequence[Opener]) -> list[Replacement]:
         found = (one for opener in openers if (one := opener(name, tensor, tuple(aliases))) is not None)
         one = next(found, None)
         if one is not None:
-            made.append(_exchanged(module, one, one.made(tensor)))
+            _exchange(module, (*one.old, *one.aliases), one, one.made(tensor))
+            made.append(replace(one, initial=None))
     return made
 
 

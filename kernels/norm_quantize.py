@@ -151,6 +151,6 @@ def direct(
     rms = (offset, round_first, b)
     if r is None:
         y = layer_norm.direct(x, w, b, eps) if centred else rms_norm.direct(x, w, eps, *rms)
-        return *quantize_rows.compose(y, dtype), x.new_empty(0)
+        return *quantize_rows.compose(y, dtype), _quantized.constant((), x.dtype, x.device)
     added = add_layer_norm.direct(x, r, w, b, eps) if centred else add_rms_norm.direct(x, r, w, eps, *rms)
     return *quantize_rows.compose(added[0], dtype), added[1]

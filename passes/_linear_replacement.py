@@ -53,7 +53,6 @@ class LinearReplacement(Pass):
 
     also              what is else left alone, joined by "|": attention-outputs, heads, embeddings
     aware             fit by the error of the outputs on the calibration calls, not of the weights
-    seed              of what is drawn
     even_if_slower    count FLOPs where time is measured otherwise, and refuse nothing for its time
     """
 
@@ -63,7 +62,6 @@ class LinearReplacement(Pass):
 
     also: str = ""
     aware: bool = True
-    seed: int = 0
     even_if_slower: bool = False
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@
 
 Fires on   linears whose weight is a parameter of its own; those whose result is an output, and embeddings,
            where `also` asks for them. What does not pay in time stays, and the report has the figures.
+           fuse-quantize after it lets norms and gated activations round in their own kernel.
 Saves      memory: 8 bits a number or 4 and a scale for some; time: of integer products, or of reading less.
 Exact      no. With a budget what a choice does to the model is measured on calibration calls and held to
            it; without one the report says what it does. The operators are proved to compute what a dense
@@ -65,7 +66,6 @@ class Quantize(LinearReplacement):
     effective_bits    the most bits a number that the weights may take on average, scales included; 0 for any
     also              what is else left alone, joined by "|": heads, embeddings
     aware             fit by the error of the outputs on the calibration calls, not of the weights
-    seed              of what is drawn
     even_if_slower    count bytes where time is measured otherwise, and refuse nothing for its time
     train             "frozen": weights in few bits are held fixed in training. Else they stay floats that are
                       rounded at each call, straight-through, until `fast.convert()`; nothing is refused for

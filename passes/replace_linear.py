@@ -65,6 +65,7 @@ class ReplaceLinear(LinearReplacement):
     share: float = 0.0
     init: str = "weights"
     steps: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,8 +11,9 @@ from fxaccel.kernels import glu_quantize as kernel
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+LAUNCHED = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 KINDS = [torch.int8, FLOAT8]
-SHAPES = [(1, 1), (7,), (3, 123), (2, 5, 64), (0, 8), (4, 0), (33, 256)]
+SHAPES = [(1, 1), (7,), (3, 123), (2, 5, 64), (0, 8), (4, 0), (33, 256), (400, 1)]
 EAGER = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -26,7 +27,7 @@ def given(*shape, dtype=torch.float32, device="cpu"):
     torch.manual_seed(sum(shape))
     gate = torch.randn(shape) * torch.logspace(-2, 1, math.prod(shape[:-1])).view(*shape[:-1], 1)
     up = torch.randn(shape)
-    if gate.numel() > 3 and len(shape) > 1:
+    if gate.numel() > 3 and len(shape) > 1 < shape[-1]:
         gate[0, ..., 1] = 60.0
         up[-1] = 0.0
     return gate.to(dtype).to(device), up.to(dtype).to(device)
@@ -85,7 +86,7 @@ def test_on_the_cpu_it_is_the_operators_in_sequence(shape, dtype, activation, ki
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy's exp, in Triton's interpreter
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("activation", EAGER)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("dtype", LAUNCHED, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_launch(shape, dtype, activation, kind, device):
     gate, up = given(*shape, dtype=dtype, device=device)
@@ -95,6 +96,18 @@ def test_launch(shape, dtype, activation, kind, device):
     assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want]
     if not gate.numel():
         same(got, want)
+
+
+@pytest.mark.parametrize("activation", EAGER)
+def test_the_activation_is_rounded_before_the_product(activation, device):
+    """Rows of one element have it as their scale. It differs where float32 straddles a tie of float16.
+
+    That is, by a few eps of the one among steps of the other, for one in 2**9 or so of these.
+    """
+    gate, up = given(4096, 1, dtype=torch.float16, device=device)
+    _, scale = kernel.launch(gate, up, activation, torch.int8)
+    _, want = kernel.reference(gate, up, activation, torch.int8)
+    assert (scale == want).double().mean() > 0.98
 
 
 @pytest.mark.filterwarnings("ignore:overflow")

@@ -154,6 +154,7 @@ class Site(nn.Module):
         return self.function(self, x, r)
 
 
+@pytest.mark.filterwarnings("ignore:pass")  # fuse-norm, where there is none
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("to", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(

