@@ -1,4 +1,4 @@
-"""What fake_quantize is made of: the scales in force, the nearest levels, the range in which they move.
+"""Grids of 8 and 4 bits: the scales of a range, those in force, the nearest levels, where these move.
 
 Shapes     w: [N, K] by groups [N, G, group], zeros behind its columns; any w as [1, 1, n] where one scale
            serves it all (group -1).
@@ -19,6 +19,11 @@ from fxaccel.kernels import _quantized
 TOP = {"int8": 127.0, "int4": 7.0, "nf4": 1.0, "float8": 448.0}  # the largest level
 LOW = -8.0  # of int4 with zeros, whose codes are 0 to 15
 HALF8 = 16.0  # half a step of float8 at its top
+LEAST8 = 2.0**-6  # the least normal number of float8_e4m3fn: below it steps are equal
+EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000),
+}  # fmt: skip
+"""Where the exponent lies in the bits of a float."""
 
 Scales: TypeAlias = tuple[Tensor, Any]
 """scale, zero or None."""
@@ -47,14 +52,25 @@ def joined(groups: Tensor, like: Tensor) -> Tensor:
 def observed(w: Tensor, format: str, group: int, zeros: bool) -> Scales:
     """Scales that reach the largest absolute value of each group; with zeros its range, and 0 within it."""
     low, high = split(w.detach(), group).aminmax(dim=-1)
+    return reaching(low, high, format, zeros)
+
+
+def reaching(low: Tensor, high: Tensor, format: str, zeros: bool) -> Scales:
+    """Scales of ranges, each widened to hold 0."""
     low, high = low.double().clamp_max(0.0), high.double().clamp_min(0.0)
-    kind = stored(format)
     step = (high - low) / 15.0 if zeros else high.maximum(-low) / TOP[format]
-    scale = torch.where(step > 0, step.to(kind).clamp_min(torch.finfo(kind).smallest_normal), 1.0)
+    scale = kept(step, format)
     if not zeros:
         return scale, None
-    zero = (low + high) / 2 + scale.double() / 2  # levels reach from -8 to 7
-    return scale, torch.where(step > 0, zero, 0.0).to(kind)
+    # levels reach from -8 to 7: half a step above their middle is the middle of the range
+    zero = (low + high) / 2 + scale.double() / 2
+    return scale, torch.where(step > 0, zero, 0.0).to(scale.dtype)
+
+
+def kept(step: Tensor, format: str) -> Tensor:
+    """Scales as they are stored, from positive ones in fp64, or 0."""
+    kind = stored(format)
+    return torch.where(step > 0, step.to(kind).clamp_min(torch.finfo(kind).smallest_normal), 1.0)
 
 
 def in_force(scale: Tensor, zero: Tensor | None, format: str) -> Scales:
@@ -88,17 +104,23 @@ def values(
 def nearest(x: Tensor, format: str, zeros: bool) -> Tensor:
     """The levels nearest to x, ties to the even code; a NaN stays one."""
     if format == "nf4":
-        table, bounds = normal_float(x.dtype)
-        made = _quantized.constant(table, x.dtype, x.device)
-        codes = torch.bucketize(x.contiguous(), _quantized.constant(bounds, x.dtype, x.device))
-        return torch.where(x.isnan(), x, made[codes])
+        table = _quantized.constant(_quantized.NF4, x.dtype, x.device)
+        return torch.where(x.isnan(), x, table[normal_codes(x).int()])
     if format == "float8":
         x = x.clamp(-448.0, 448.0)
-        # between two powers of two there are 8 steps; below 2**-6 steps are equal
-        exponent = torch.frexp(x).exponent.clamp_min(-5) - 4
-        step = torch.ldexp(torch.ones_like(x), exponent)
-        return (x / step).round() * step
-    return x.round().clamp(LOW if zeros else -TOP[format], TOP[format])
+        # an exponent alone is a power of two: numbers from it to the next are 8 steps
+        whole, exponent = EXPONENTS[x.dtype]
+        step = (x.view(whole) & exponent).view(x.dtype).clamp_min_(LEAST8).div_(8.0)
+        return x.div_(step).round_().mul_(step)
+    return x.round().clamp_(LOW if zeros else -TOP[format], TOP[format])
+
+
+def normal_codes(x: Tensor) -> Tensor:
+    """The codes of NF4 nearest to x: how many bounds each is above, none for a NaN."""
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for bound in normal_float(x.dtype):  # a search in the sorted bounds takes longer than all of these
+        codes += x > bound
+    return codes
 
 
 def inside(x: Tensor, format: str, zeros: bool) -> Tensor:
@@ -117,8 +139,8 @@ def reach(format: str, zeros: bool) -> tuple[float, float]:
 
 
 @lru_cache
-def normal_float(kind: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The levels of NF4, and the bounds between them: a number above a bound belongs to the upper level.
+def normal_float(kind: torch.dtype) -> tuple[float, ...]:
+    """The bounds between the levels of NF4: a number above a bound belongs to the upper level.
 
     A number in the middle belongs to the level of the even code, so that where the lower code is odd the
     bound is just below. In fp32 it is the next number below that fp32 holds, which what is fp32 cannot be
@@ -131,7 +153,7 @@ def normal_float(kind: torch.dtype) -> tuple[tuple[float, ...], tuple[float, ...
         held = exact.to(kind)
         lower = held.double() > exact
         bounds.append(float(torch.nextafter(held, held.new_tensor(-math.inf)) if lower else held))
-    return _quantized.NF4, tuple(bounds)
+    return tuple(bounds)
 
 
 def counts(w: Tensor, group: int) -> Tensor:

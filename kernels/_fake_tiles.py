@@ -134,8 +134,8 @@ def _table(like: Tensor, format: str) -> Tensor:
     """Levels and bounds of nf4; of no other format is it read."""
     if format != "nf4":
         return like
-    levels, bounds = _fake.normal_float(torch.float32)
-    return _quantized.constant((*levels, *bounds), torch.float32, like.device)
+    bounds = _fake.normal_float(torch.float32)
+    return _quantized.constant((*_quantized.NF4, *bounds), torch.float32, like.device)
 
 
 def launch(w: Tensor, scale: Tensor, zero: Tensor | None, format: str, group: int) -> Tensor:

@@ -111,8 +111,13 @@ def once_differentiable(backward: Kernel) -> Kernel:
     return once
 
 
-def autocast(op: Op, device: str, dtype: Callable[[], torch.dtype]) -> None:
-    """Under autocast on `device`, cast the floating arguments of `op` to `dtype()`, float64 excepted."""
+def autocast(
+    op: Op, device: str, dtype: Callable[[], torch.dtype], places: tuple[int, ...] | None = None
+) -> None:
+    """Under autocast on `device`, cast the floating arguments of `op` to `dtype()`, float64 excepted.
+
+    places    of the arguments to cast; None for all
+    """
     key = getattr(DispatchKey, "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device])
     exclude = torch._C.DispatchKeySet(key)
 
@@ -127,7 +132,7 @@ def autocast(op: Op, device: str, dtype: Callable[[], torch.dtype]) -> None:
 
     def kernel(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return op(*(cast(a, dtype()) for a in args))
+            return op(*(cast(a, dtype()) if places is None or i in places else a for i, a in enumerate(args)))
 
     op.py_impl(key)(kernel)  # where a graph is traced before dispatch
     _LIBRARY.impl(op._opname, kernel, key.name)

@@ -215,23 +215,6 @@ def no_derivative(op: _operator.Op) -> None:
     _operator.differentiate(op, lambda *args: _NoDerivative.apply(op, *args))
 
 
-def autocast(op: _operator.Op, device: str, cast: tuple[int, ...]) -> None:
-    """As `_operator.autocast`, of the arguments at these places alone: scales and float8 stay as they are."""
-    key = getattr(torch._C.DispatchKey, "Autocast" + {"cpu": "CPU", "cuda": "CUDA"}[device])
-    exclude = torch._C.DispatchKeySet(key)
-
-    def lowered(arg: Any) -> Any:
-        keep = not isinstance(arg, Tensor) or arg.dtype == torch.float64 or arg.device.type != device
-        return arg if keep or not arg.is_floating_point() else arg.to(torch.get_autocast_dtype(device))
-
-    def kernel(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return op(*(lowered(a) if i in cast else a for i, a in enumerate(args)))
-
-    op.py_impl(key)(kernel)  # where a graph is traced before dispatch
-    _operator._LIBRARY.impl(op._opname, kernel, key.name)
-
-
 def shape_of(value: Any) -> Any:
     """A tensor, or what stands for it in a graph: of its shape and dtype."""
     return getattr(value, "meta", {}).get("val", value)

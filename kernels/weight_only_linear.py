@@ -168,8 +168,9 @@ def _backward_flops(dy, w, scale, zero, format, group, columns, **kwargs) -> int
 
 
 _operator.differentiate(op, WeightOnlyLinear.apply)
-_quantized.autocast(op, "cpu", (0, 4))  # x and b, as PyTorch's linear
-_quantized.autocast(op, "cuda", (0, 4))
+X_AND_B = (0, 4)  # scales, and weights of float8, stay as they are
+_operator.autocast(op, "cpu", lambda: torch.get_autocast_dtype("cpu"), X_AND_B)  # as PyTorch's linear
+_operator.autocast(op, "cuda", lambda: torch.get_autocast_dtype("cuda"), X_AND_B)
 _operator.count_flops(op, lambda x, w, *args, **kwargs: 2 * prod(x) * w[0])
 _operator.count_flops(backward_op, _backward_flops)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 from fxaccel.calibration import Calibration, Moments
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, Replacement, arguments, call, is_call
+from fxaccel.kernels import kernel
 from fxaccel.kernels._clock import least
 from fxaccel.passes._linear_form import EAGER, LinearForm, Parts
 from fxaccel.passes._linear_sites import EMBEDDING, LinearSite
@@ -284,7 +284,7 @@ class _Emitted:
     def __call__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(target, "namespace", "") != "fxaccel":
             return target(*args, **kwargs)
-        module = importlib.import_module(f"fxaccel.kernels.{target._opname}")
+        module = kernel(target._opname)
         call, shared = getattr(module, "direct", target), getattr(module, "shared", None)
         names = [a.name for a in target._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs

@@ -15,25 +15,16 @@ Source     NF4: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314; float8_e4m3fn: 
 
 from __future__ import annotations
 
-import functools
-import importlib
-import itertools
-import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fxaccel.errors import OptionError
+from fxaccel.kernels import _fake, _quantized
 
-TOPS = {"int8": 127.0, "int4": 7.0, "nf4": 1.0, "float8": 448.0}
-"""The formats, each with the level of its largest value where no zero is stored."""
-
-CODES = {"int8": torch.int8, "int4": torch.uint8, "nf4": torch.uint8, "float8": torch.float8_e4m3fn}
-LEAST8 = 2.0**-6  # the least normal number of float8_e4m3fn: below it steps are equal
 MIDDLE = 8  # the code of int4 that stands for 0 steps
 AT_ONCE = 2**17  # elements of rows that are worked on together: a few float64 copies of them stay in cache
 
@@ -69,8 +60,8 @@ class Grid:
     zeros: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in TOPS:
-            raise OptionError(f"the format is {self.format!r}, expected one of {', '.join(TOPS)}")
+        if self.format not in _fake.TOP:
+            raise OptionError(f"the format is {self.format!r}, expected one of {', '.join(_fake.TOP)}")
         least = -1 if self.format == "float8" else 0
         even = self.bits == 4
         sound = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= least
@@ -116,7 +107,7 @@ class Grid:
         groups = self.groups(columns)
         held = groups * self.width(columns) // 2 if self.bits == 4 else columns
         shape = (1, 1) if self.group < 0 else (rows, groups)
-        q = torch.empty(rows, held, dtype=CODES[self.format], device="meta")
+        q = torch.empty(rows, held, dtype=_quantized.FORMATS[self.format], device="meta")
         scale = torch.empty(shape, dtype=self.scale_dtype, device="meta")
         return Parts(q, scale, torch.empty_like(scale) if self.zeros else None)
 
@@ -127,28 +118,19 @@ class Grid:
     # levels: values in units of the scale, float64, element by element
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The levels nearest to these numbers, in place of them where that saves memory."""
-        if self.format == "nf4":
-            return self.levels(_normal_codes(x))
-        if self.format == "float8":
-            x = x.clamp_(-448.0, 448.0)
-            # an exponent alone is a power of two: numbers from it to the next are 8 steps
-            power = (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-            step = power.clamp_min_(LEAST8).div_(8.0)
-            return x.div_(step).round_().mul_(step)
-        top = TOPS[self.format]
-        return x.round_().clamp_(-MIDDLE if self.zeros else -top, top)
+        """The levels nearest to these numbers."""
+        return _fake.nearest(x, self.format, self.zeros)
 
     def codes_of(self, levels: Tensor) -> Tensor:
         """The codes of levels that are on the grid."""
         if self.format == "nf4":
-            return _normal_codes(levels)
-        return (levels + MIDDLE if self.format == "int4" else levels).to(CODES[self.format])
+            return _fake.normal_codes(levels)
+        return (levels + MIDDLE if self.format == "int4" else levels).to(_quantized.FORMATS[self.format])
 
     def levels(self, codes: Tensor) -> Tensor:
         """The levels of codes."""
         if self.format == "nf4":
-            table = torch.tensor(_normal_float()[0], dtype=torch.float64, device=codes.device)
+            table = torch.tensor(_quantized.NF4, dtype=torch.float64, device=codes.device)
             return table[codes.long()]
         levels = codes.double()
         return levels.sub_(MIDDLE) if self.format == "int4" else levels
@@ -187,24 +169,17 @@ class Grid:
 
     def fitting(self, low: Tensor, high: Tensor) -> Scales:
         """Scales of ranges [N, G], or [1, 1]; each is widened to hold 0."""
-        low, high = low.double().clamp_max(0.0), high.double().clamp_min(0.0)
-        step = (high - low) / 15.0 if self.zeros else high.maximum(-low) / TOPS[self.format]
-        scale = self.stored(step)
+        scale, zero = _fake.reaching(low, high, self.format, self.zeros)
         if not bool(torch.isfinite(scale).all()):
             raise OptionError(
                 f"the weight reaches {float(high.maximum(-low).max())}, of which the scale is not finite in "
                 f"{self.scale_dtype}"
             )
-        if not self.zeros:
-            return scale, None
-        # levels reach from -8 to 7: half a step above their middle is the middle of the range
-        zero = (low + high) / 2 + scale.double() / 2
-        return scale, torch.where(step > 0, zero, 0.0).to(self.scale_dtype)
+        return scale, zero
 
     def stored(self, step: Tensor) -> Tensor:
         """Scales as they are stored, from positive ones in float64, or 0."""
-        scale = step.to(self.scale_dtype).clamp_min(torch.finfo(self.scale_dtype).smallest_normal)
-        return torch.where(step > 0, scale, 1.0)
+        return _fake.kept(step, self.format)
 
     # codes
 
@@ -241,11 +216,11 @@ class Grid:
         last = None if zero is None else zero[:, -1:]
         nothing = self.codes(torch.zeros_like(codes[:, :1]), scale[:, -1:], last)
         codes = torch.cat([codes, nothing.expand(-1, behind)], 1)
-        return Parts(_nibbles().pack_nibbles(codes), scale, zero)
+        return Parts(_quantized.pack_nibbles(codes), scale, zero)
 
     def unpack(self, parts: Parts, columns: int) -> Tensor:
         """The codes [N, K] of what is stored."""
-        return parts.q if self.bits == 8 else _nibbles().unpack_nibbles(parts.q)[:, :columns]
+        return parts.q if self.bits == 8 else _quantized.unpack_nibbles(parts.q)[:, :columns]
 
     def quantize(self, weight: Tensor, scales: Scales | None = None) -> Parts:
         """The parts of a weight, each element rounded to the nearest value."""
@@ -269,28 +244,3 @@ def checked(weight: Tensor) -> Tensor:
             f"{column}], expected finite ones"
         )
     return weight.detach()
-
-
-def _nibbles() -> Any:
-    """How kernels lay out 4 bits, imported where it is needed: int8 and float8 need none of it."""
-    return importlib.import_module("fxaccel.kernels._quantized")
-
-
-def _normal_codes(x: Tensor) -> Tensor:
-    """The codes of NF4 nearest to these numbers: how many bounds each is above."""
-    codes = torch.zeros_like(x, dtype=torch.uint8)
-    for bound in _normal_float()[1]:  # a search in the sorted bounds takes longer than all of these
-        codes += x > bound
-    return codes
-
-
-@functools.cache
-def _normal_float() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The levels of NF4 as kernels hold them, in float32, and the bounds between them, in float64.
-
-    A number on a bound belongs to the lower level; where that one's code is odd, the bound is the number
-    before it.
-    """
-    table = struct.unpack("16f", struct.pack("16f", *map(float, _nibbles().NF4)))
-    between = [(low + high) / 2 for low, high in itertools.pairwise(table)]
-    return table, tuple(math.nextafter(b, -math.inf) if code % 2 else b for code, b in enumerate(between))

@@ -22,7 +22,6 @@ Source     Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,6 +32,7 @@ from torch import Tensor
 from fxaccel.calibration import Moments
 from fxaccel.errors import OptionError
 from fxaccel.ir import Replacement
+from fxaccel.kernels import _fake, kernel
 from fxaccel.passes._linear_fits import Way
 from fxaccel.passes._linear_form import LinearForm, Parts
 from fxaccel.passes._target import Target
@@ -125,18 +125,18 @@ class FakeQuantizedMatrix(LinearForm):
         """The matrix that is stored in few bits, and its parts: the scales are those in force."""
         weight, *given = parts
         checked(weight)
-        into, grid, group, fake = self.into, self.into.grid, self._group, _module("_fake")
+        into, grid, group = self.into, self.into.grid, self._group
         named = dict(zip(self.parts[1:], given, strict=True))
         if self.learned:
-            scale, zero = fake.in_force(named["log_scale"].exp2(), named.get("zero"), grid.format)
+            scale, zero = _fake.in_force(named["log_scale"].exp2(), named.get("zero"), grid.format)
         else:
-            scale, zero = fake.observed(weight, grid.format, group, grid.zeros)
-        levels = fake.nearest(fake.units(weight, scale, zero, grid.format, group), grid.format, grid.zeros)
-        codes = grid.codes_of(fake.joined(levels.double(), weight.double()))
+            scale, zero = _fake.observed(weight, grid.format, group, grid.zeros)
+        levels = _fake.nearest(_fake.units(weight, scale, zero, grid.format, group), grid.format, grid.zeros)
+        codes = grid.codes_of(_fake.joined(levels.double(), weight.double()))
         held = [p.contiguous() for p in grid.pack(codes, scale, zero) if p is not None]
         if self._static:
             log = named.get("log_input_scale")
-            by = self._calibrated(weight) if log is None else fake.in_force(log.exp2(), None, "int8")[0]
+            by = self._calibrated(weight) if log is None else _fake.in_force(log.exp2(), None, "int8")[0]
             into = dataclasses.replace(into, input_scale=float(by))
             held.append(by)
         return into, tuple(held)
@@ -151,16 +151,16 @@ class FakeQuantizedMatrix(LinearForm):
     def dense(self, op: Ops, *parts: Any) -> Any:
         """The weight on its grid; the float one is `Trained.inverse`."""
         named = dict(zip(self.parts, parts, strict=True))
-        grid, kernel = self.into.grid, _module("fake_quantize").op
+        grid, fake = self.into.grid, kernel("fake_quantize").op
         scale = op.aten.exp2.default(named["log_scale"]) if self.learned else None
-        return op(kernel, named["weight"], scale, named.get("zero"), grid.format, self._group, grid.zeros)
+        return op(fake, named["weight"], scale, named.get("zero"), grid.format, self._group, grid.zeros)
 
     def ready(self, op: Ops, parts: Iterable[Any]) -> tuple[Any, ...]:
         """The weight that tables are looked up in, that which linears read, the scale of the inputs."""
         parts = tuple(parts)
         weight = seen = self.dense(op, *parts)
         if self.into.inputs != "none" and self.into.grid.bits == 4:
-            seen = op(_module("fake_quantize_rows").op, weight, torch.int8)
+            seen = op(kernel("fake_quantize_rows").op, weight, torch.int8)
         static = parts[-1:] if self.learned and self._static else ()
         return (weight, seen, *(op.aten.exp2.default(p) for p in static))
 
@@ -189,9 +189,9 @@ class FakeQuantizedMatrix(LinearForm):
             if scale is None:
                 at = self.into.input_scale
                 scale = op.aten.new_full.default(x, [1], at, dtype=torch.float32)
-            return op(_module("fake_quantize").op, x, scale, None, "int8", -1)
+            return op(kernel("fake_quantize").op, x, scale, None, "int8", -1)
         dtype = torch.int8 if self.into.inputs == "dynamic-int8" else torch.float8_e4m3fn
-        return op(_module("fake_quantize_rows").op, x, dtype)
+        return op(kernel("fake_quantize_rows").op, x, dtype)
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,3 @@ class Trained(Way):
         way = Way(form, self.flipped)
         names = tuple(f"{one.old[0]}_{part}" for part in form.parts)
         return Replacement(one.by, one.old, names, way, way.inverse, held, form.frozen, one.aliases)
-
-
-def _module(name: str) -> Any:
-    """Of kernels, imported where it is needed: Triton reads its kernels then."""
-    return importlib.import_module(f"fxaccel.kernels.{name}")

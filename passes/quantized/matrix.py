@@ -14,7 +14,6 @@ Source     fxaccel.passes.quantized has the methods and their papers.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from fxaccel.calibration import Moments
 from fxaccel.errors import OptionError
+from fxaccel.kernels import kernel
 from fxaccel.passes._linear_form import LinearForm, Parts, sizes
 from fxaccel.passes._target import Target
 from fxaccel.passes.quantized._clip import clipped
@@ -170,13 +170,13 @@ class QuantizedMatrix(LinearForm):
     def _dense(self, op: Ops, parts: Iterable[Any], dtype: torch.dtype) -> Any:
         q, scale, zero, _ = self._named(parts)
         form, group = self.grid.format, self._group
-        return op(_kernel("dequantize"), q, scale, zero, form, group, self.columns, dtype)
+        return op(kernel("dequantize").op, q, scale, zero, form, group, self.columns, dtype)
 
     def ready(self, op: Ops, parts: Iterable[Any]) -> tuple[Any, ...]:
         parts = tuple(parts)
         if not self._rounds or self.grid.bits == 8:
             return parts
-        rows = op(_kernel("quantize_rows"), self._dense(op, parts, self.dtype), torch.int8)
+        rows = op(kernel("quantize_rows").op, self._dense(op, parts, self.dtype), torch.int8)
         return (*parts, op(operator.getitem, rows, 0), op(operator.getitem, rows, 1))
 
     def linear(self, op: Ops, x: Any, parts: Iterable[Any], bias: Any) -> Any:
@@ -184,12 +184,12 @@ class QuantizedMatrix(LinearForm):
             q, scale, zero, _ = self._named(parts)
             x, bias = self._narrowed(op, x), self._narrowed(op, bias)
             form, group = self.grid.format, self._group
-            y = op(_kernel("weight_only_linear"), x, q, scale, zero, bias, form, group)
+            y = op(kernel("weight_only_linear").op, x, q, scale, zero, bias, form, group)
             return op.aten.to.dtype(y, self.dtype) if self.narrow else y
         parts = tuple(parts)
         codes, by = self._rounded(op, x, parts)
         q, scale = parts[:2] if self.grid.bits == 8 else parts[-2:]
-        return op(_kernel("quantized_linear"), codes, by, q, scale, bias, self.dtype)
+        return op(kernel("quantized_linear").op, codes, by, q, scale, bias, self.dtype)
 
     def definition(self, op: Ops, x: Any, parts: Iterable[Any], bias: Any) -> Any:
         parts = tuple(parts)
@@ -225,12 +225,7 @@ class QuantizedMatrix(LinearForm):
         """Codes of the inputs, and their scales."""
         *_, static = self._named(parts)
         if static is not None:
-            return op(_kernel("quantize_tensor"), x, static, torch.int8), static
+            return op(kernel("quantize_tensor").op, x, static, torch.int8), static
         dtype = torch.int8 if self.inputs == "dynamic-int8" else torch.float8_e4m3fn
-        rows = op(_kernel("quantize_rows"), x, dtype)
+        rows = op(kernel("quantize_rows").op, x, dtype)
         return op(operator.getitem, rows, 0), op(operator.getitem, rows, 1)
-
-
-def _kernel(name: str) -> Any:
-    """The operator, of a module that is imported where it is needed: Triton reads its kernels then."""
-    return importlib.import_module(f"fxaccel.kernels.{name}").op

@@ -17,7 +17,6 @@ Source     Dao et al. 2019, "Learning Fast Algorithms for Linear Transforms Usin
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fxaccel.errors import OptionError
+from fxaccel.kernels import kernel
 from fxaccel.passes._target import Target, padded
 from fxaccel.passes.structured import _peeling
 from fxaccel.passes.structured._base import Factors, StructuredMatrix, blocks_of, cut, shared
@@ -83,7 +83,7 @@ class Butterfly(StructuredMatrix):
         w = padded(target.weight, stacks * n, n)
         gram = target.gram_padded(n)
         if self.reversed:
-            order = _kernel().bit_reversed(n, w.device)
+            order = kernel("butterfly").bit_reversed(n, w.device)
             w, gram = w[:, order], None if gram is None else gram[order][:, order]
         w = w.reshape(stacks, n, n)
         state = self._begun(w, gram, seed)
@@ -148,9 +148,4 @@ class Butterfly(StructuredMatrix):
 
     def linear(self, op: Ops, x: Any, factors: Iterable[Any], bias: Any) -> Any:
         (twiddle,) = factors
-        return op(_kernel().op, x, twiddle, bias, self.rows, self.reversed)
-
-
-def _kernel() -> Any:
-    """The module of the operator, imported where it is needed: Triton reads its kernels then."""
-    return importlib.import_module("fxaccel.kernels.butterfly")
+        return op(kernel("butterfly").op, x, twiddle, bias, self.rows, self.reversed)

@@ -18,7 +18,6 @@ Source     Dao et al. 2022, "Monarch: Expressive Structured Matrices for Efficie
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fxaccel.kernels import kernel
 from fxaccel.passes._linear_form import expect
 from fxaccel.passes._target import Target, padded, root
 from fxaccel.passes.structured._base import (
@@ -169,9 +169,8 @@ class Monarch(StructuredMatrix):
         return cut(op, w, (self.rows, s * l), (self.columns, k * p))
 
     def linear(self, op: Ops, x: Any, factors: Iterable[Any], bias: Any) -> Any:
-        importlib.import_module("fxaccel.kernels.monarch")  # which defines the operator
         right, left = factors
-        return op.fxaccel.monarch.default(x, right, left, bias, self.rows)
+        return op(kernel("monarch").op, x, right, left, bias, self.rows)
 
 
 def _counts(rows: int, columns: int) -> list[int]:
