@@ -46,6 +46,11 @@ class Moments:
     def __init__(self) -> None:
         self.rows, self.peaks = 0, 0.0
 
+    @staticmethod
+    def nbytes(value: fx.Node) -> int:
+        """Bytes of those of a value [..., C]."""
+        return 8 * int(value.meta["val"].shape[-1]) ** 2
+
     def add(self, value: Tensor) -> None:
         """The rows of one more value [..., C]."""
         rows = value.reshape(-1, value.shape[-1])
@@ -131,7 +136,7 @@ class Calibration:
 
     def moments(self, program: Program, values: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Moments]]:
         """For each value [..., C] what its rows in the fitted calls sum up to."""
-        return self.watched(program, values, Moments, lambda n: 8 * int(n.meta["val"].shape[-1]) ** 2)
+        return self.watched(program, values, Moments, Moments.nbytes)
 
     def watched(
         self, program: Program, values: Sequence[fx.Node], make: Callable[[], W],

@@ -188,8 +188,9 @@ class _Emitter:
             return {}
         fixed, found = self.program.facts(standing), dict[fx.Node, list[fx.Node]]()
         for node in calls:
-            shared = getattr(_kernel(node)[0], "shared", None)
-            if shared is not None and shared.ahead:
+            module, device = _kernel(node)
+            shared = getattr(module, "shared", None)
+            if shared is not None and device == "cpu" and shared.ahead:
                 given = arguments(node)
                 read = [a for name in shared.read for a in _nodes(given[name])]
                 if fixed.issuperset(read) and shared.worth(given):

@@ -234,6 +234,7 @@ class Session:
             except CaptureError as error:
                 one = self.piecewise(error, original, module, Call(args, kwargs))
         self.enforce(one.report)
+        self.outdate()
         plain = not kwargs and all(isinstance(a, Tensor) for a in args)
         self.keep(self.key(module, args, None if plain else Call(args, kwargs)), one)
         return one
@@ -251,7 +252,6 @@ class Session:
         calibration = Calibration(original, calls or (example,), bool(calls), current)
         one = self.rewrite(raw, passes, calibration)
         weights.adopt(module, one.program, self.replacements)
-        self.outdate()
         self.bind(one, module)
         one.loose = tuple(p.name for p in one.report.passes if p.change is not None)
         check = first.report.check
@@ -331,7 +331,9 @@ class Session:
         """Drop captures that read what a later one has replaced; their calls are captured anew."""
         gone = {name for one in self.replacements for name in (*one.old, *one.aliases)}
         for key, group in list(self.captures.items()):
-            self.captures[key] = [c for c in group if isinstance(c, Pieces) or not c.reads(gone)]
+            group[:] = [c for c in group if isinstance(c, Pieces) or not c.reads(gone)]
+            if not group:
+                del self.captures[key]
 
     def enforce(self, report: CaptureReport) -> None:
         """`expect`, and `strict` for passes that applied nowhere."""

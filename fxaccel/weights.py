@@ -186,7 +186,7 @@ def from_original(state: Any, prefix: str, replacements: list[Replacement]) -> N
         )
 
 
-def _lost(one: Replacement, old: list[torch.Tensor], made: tuple[torch.Tensor, ...]) -> dict[str, float]:
+def _lost(one: Replacement, old: list[Tensor], made: tuple[Tensor, ...]) -> dict[str, float]:
     """By how much of its norm each tensor is off after there and back, if by more than rounding explains."""
     if one.inverse is None:
         return {}

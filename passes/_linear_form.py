@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from fxaccel.calibration import Moments
 from fxaccel.errors import OptionError
-from fxaccel.passes._target import Target, checked, wide
+from fxaccel.passes._target import Target, checked, relative, wide
 from fxaccel.pattern import Ops
 
 EAGER = Ops(lambda target, args, kwargs: target(*args, **kwargs))
@@ -121,10 +121,7 @@ class LinearForm(ABC):
                 checked(weight, gram)
             w, g = wide(weight), None if gram is None else wide(gram)
             gap = w - wide(self.dense(EAGER, *self._widened(parts)))
-            over, under = (float(((e if g is None else e @ g.to(e)) * e.conj()).real.sum()) for e in (gap, w))
-        if under <= 0:
-            return 0.0 if over <= 0 else math.inf
-        return math.sqrt(max(0.0, over) / under)
+            return relative(*(((e if g is None else e @ g.to(e)) * e.conj()).real.sum() for e in (gap, w)))
 
     def _widened(self, parts: Iterable[Tensor]) -> Sequence[Tensor]:
         return [wide(p) for p in parts]

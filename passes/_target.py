@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,14 @@ def root(gram: Tensor) -> Tensor:
     triangle = torch.linalg.qr(half.mH, mode="r").R.mH
     sign = torch.diagonal(triangle, dim1=-2, dim2=-1).sgn()
     return triangle * sign.conj()[..., None, :]
+
+
+def relative(gap: Tensor, weight: Tensor) -> float:
+    """|E| / |W| of their squares; 0 where both are 0."""
+    over, under = float(gap), float(weight)
+    if under <= 0:
+        return 0.0 if over <= 0 else math.inf
+    return math.sqrt(max(0.0, over) / under)
 
 
 def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:

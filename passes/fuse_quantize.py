@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from fxaccel.ir import Program, is_call
-from fxaccel.kernels import glu_quantize, norm_quantize
+from fxaccel.kernels import kernel
 from fxaccel.pattern import Pattern
 from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
 
@@ -88,7 +88,8 @@ class NormQuantize(Rounded):
         if m.dims is not None and list(m.dims) != [x.shape[-1]]:
             yield f"it normalises over {list(m.dims)}; the kernel takes the last dimension, {x.shape[-1]}"
         eps, centred, offset, round_first = _how(m)
-        yield from norm_quantize.unsupported(x, r, w, b, eps, centred, offset, round_first, m.dtype)
+        unsupported = kernel("norm_quantize").unsupported
+        yield from unsupported(x, r, w, b, eps, centred, offset, round_first, m.dtype)
 
     def rewrite(self, op: Ops, m: Match):
         made = op.fxaccel.norm_quantize.default(m.x, m.r, m.w, m.b, *_how(m), m.dtype)
@@ -121,14 +122,14 @@ class GLUQuantize(Rounded):
         elif m.up in m.nodes:
             yield "the activation is multiplied by itself"
         else:
-            yield from glu_quantize.unsupported(gate, up, _activation(m), m.dtype)
+            yield from kernel("glu_quantize").unsupported(gate, up, _activation(m), m.dtype)
 
     def rewrite(self, op: Ops, m: Match):
         return _results(m, op.fxaccel.glu_quantize.default(m.gate, m.up, _activation(m), m.dtype))
 
 
 def _activation(m: Match) -> str:
-    return next(name for name in glu_quantize.ACTIVATIONS if m.chose(name))
+    return next(name for name in kernel("glu_quantize").ACTIVATIONS if m.chose(name))
 
 
 @register

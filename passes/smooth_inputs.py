@@ -181,9 +181,7 @@ class SmoothInputs(Pass):
             raise OptionError("there is no call to measure on", "call accelerate, which captures one")
         tensors, chosen = calibration.state(program), []
         by_value = {g.value: g for g in sound}
-        watched = calibration.watched(
-            program, list(by_value), Seen, lambda n: 8 * int(n.meta["val"].shape[-1]) ** 2
-        )
+        watched = calibration.watched(program, list(by_value), Seen, Moments.nbytes)
         for value, seen in tracked(watched, "smoothing inputs", len(sound)):
             one = by_value[value]
             held = [tensors[w.name].detach() for w in one.weights]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fxaccel.passes import _target
-from fxaccel.passes._target import wide
+from fxaccel.passes._target import relative, wide
 from fxaccel.passes.quantized._grid import Grid, Parts
 
 BLOCK = 1024  # columns of a gram that are worked on together
@@ -47,7 +45,4 @@ def error(weight: Tensor, parts: Parts, grid: Grid, gram: Tensor | None = None) 
     gram = None if gram is None else symmetric(weight, gram)
     weight = wide(weight)
     gap = weight - grid.dense(parts, weight.shape[1])
-    over, under = (float(squares(e, gram).sum()) for e in (gap, weight))
-    if under <= 0:
-        return 0.0 if over <= 0 else math.inf
-    return math.sqrt(max(0.0, over) / under)
+    return relative(*(squares(e, gram).sum() for e in (gap, weight)))

@@ -129,10 +129,7 @@ class QuantizedMatrix(LinearForm):
         return parts
 
     def error(self, weight: Tensor, parts: Iterable[Tensor], gram: Tensor | None = None) -> float:
-        return dataclasses.replace(self, dtype=torch.float64)._error(weight, parts, gram)
-
-    def _error(self, weight: Tensor, parts: Iterable[Tensor], gram: Tensor | None) -> float:
-        return super().error(weight, parts, gram)
+        return LinearForm.error(dataclasses.replace(self, dtype=torch.float64), weight, parts, gram)
 
     def _widened(self, parts: Iterable[Tensor]) -> list[Tensor]:
         return list(parts)

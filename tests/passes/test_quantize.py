@@ -387,6 +387,7 @@ def test_a_capture_that_reads_what_a_later_one_replaced_is_made_again():
         fast_session.captures.update(session(fast).captures)  # one of the time before
         other.eval()(x)
     assert not any(c.reads({"up.weight"}) for c in fast_session.all)
+    assert all(fast_session.captures.values())
     other.train()(x).sum().backward()
     assert other.norm.weight.grad is not None
 
