@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -219,12 +219,17 @@ def differentiable(val: Any) -> bool:
     return is_tensor(val) and (val.dtype.is_floating_point or val.dtype.is_complex)
 
 
-def last_uses(body: list[fx.Node], kept: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> values made in `body` whose last reader it is, so that they can be freed."""
+def last_uses(
+    body: list[fx.Node], kept: Iterable[fx.Node], also: Mapping[fx.Node, Sequence[fx.Node]] | None = None
+) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> values made in `body` whose last reader it is, so that they can be freed.
+
+    also    what else is read where a node is computed
+    """
     seen, inside = set(kept), set(body)
     dead: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(body):
-        for arg in node.all_input_nodes:
+        for arg in [*node.all_input_nodes, *(also or {}).get(node, ())]:
             if arg in inside and arg not in seen:
                 seen.add(arg)
                 dead.setdefault(node, []).append(arg)

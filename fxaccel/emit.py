@@ -111,10 +111,15 @@ class Code:
 
 def emit(program: Program) -> Code:
     """The Python code of the program."""
-    return _Emitter(program).code()
+    if program.schedule is None:
+        return Emitter(program).code()
+    scheduled: Any = importlib.import_module("fxaccel.scheduled")
+    return scheduled.Emitter(program).code()
 
 
-class _Emitter:
+class Emitter:
+    """Writes the functions of one program."""
+
     def __init__(self, program: Program) -> None:
         self.program = program
         self.constants: dict[str, Any] = {}
@@ -127,6 +132,7 @@ class _Emitter:
         self.names: dict[fx.Node, str] = {}
         self.taken: set[str] = {"torch", "inf", "nan", *_FUNCTIONS}
         self.inputs = [n for n in program.inputs if n is not None]
+        self.functions: list[list[str]] = []
 
     def code(self) -> Code:
         nodes = list(self.program.graph.nodes)
@@ -136,22 +142,24 @@ class _Emitter:
                 self.names[node] = (
                     self.state_read(node) if node.name in self.program.state else self.local(node.name)
                 )
-        output = nodes[-1]
         inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
         ahead, kept = derived(self.program)
         body = [n for n in body if n not in ahead]
         functions = self.ahead(inputs, ahead, kept, body)
-        last_use = last_uses(body, output.all_input_nodes)
         given = [*inputs, *(self.names[n] for n in kept), *self.laid.values()]
         name = "compute" if functions else "forward"
         lines = [
             f"def {name}({', '.join(given)}):",
-            *_indent(self.block(body, last_use, 0)),
-            f"    return {self.argument(list(output.args[0]))}",
+            *indented(self.body(body, nodes[-1])),
         ]
-        functions = [[*self.accepts(inputs)], [*self.fits()], lines, *functions]
+        functions = [[*self.accepts(inputs)], [*self.fits()], *self.functions, lines, *functions]
         source = "\n\n\n".join("\n".join(f) for f in functions) + "\n"
         return Code(source, self.constants, self.tables, self.choices, len(self.laid))
+
+    def body(self, body: list[fx.Node], output: fx.Node) -> list[str]:
+        """Statements that compute all nodes and return what the output node reads."""
+        lines = self.block(body, last_uses(body, output.all_input_nodes), 0)
+        return [*lines, f"return {self.argument(list(output.args[0]))}"]
 
     def ahead(
         self, inputs: list[str], nodes: list[fx.Node], kept: list[fx.Node], calls: list[fx.Node]
@@ -175,7 +183,7 @@ class _Emitter:
         self.shared = dict(self.laid)  # other names within the function are its own
         return [
             ["def sources():", f"    return [{', '.join(read)}]"],
-            ["def derive():", *_indent(body), f"    return [{', '.join(names)}]"],
+            ["def derive():", *indented(body), f"    return [{', '.join(names)}]"],
             [
                 f"def forward({', '.join(inputs)}):",
                 f"    return compute({', '.join([*inputs, '*derived()'])})",
@@ -242,15 +250,34 @@ class _Emitter:
     def block(self, body: list[fx.Node], last_use: dict[fx.Node, list[fx.Node]], depth: int) -> list[str]:
         """Statements for consecutive nodes; nodes with a region at `depth` become one inner block."""
         lines: list[str] = []
-        for region, nodes in _runs(body, depth):
+        for region, nodes in self.runs(body, depth):
             if region is None:
                 for n in nodes:
-                    lines += [*self.prepared(n), self.statement(n, last_use)]
+                    lines += self.statements(n, last_use)
             elif region.kind == "checkpoint":
                 lines += self.checkpoint(region, nodes, last_use, depth)
             else:
-                lines += [self.header(region), *_indent(self.block(nodes, last_use, depth + 1))]
+                lines += [self.header(region), *indented(self.block(nodes, last_use, depth + 1))]
         return lines
+
+    def runs(self, body: list[fx.Node], depth: int) -> Iterator[tuple[Region | None, list[fx.Node]]]:
+        """Consecutive nodes that share their region at `depth`."""
+        run: list[fx.Node] = []
+        current: Region | None = None
+        for node in body:
+            regions = self.regions(node)
+            region = regions[depth] if len(regions) > depth else None
+            if run and region != current:
+                yield current, run
+                run = []
+            current = region
+            run.append(node)
+        if run:
+            yield current, run
+
+    def regions(self, node: fx.Node) -> tuple[Region, ...]:
+        """The regions whose blocks a node is written into."""
+        return tuple(node.meta.get("regions", ()))
 
     def header(self, region: Region) -> str:
         if region.kind == "grad":
@@ -287,9 +314,13 @@ class _Emitter:
         dead = [v for n in nodes for v in last_use.get(n, ()) if v not in inside]
         return [
             f"def {name}({', '.join(arguments)}):",
-            *_indent([*inner, f"return {returns}"]),
+            *indented([*inner, f"return {returns}"]),
             f"{returns} = {run}({call}){self.delete(dead)}",
         ]
+
+    def statements(self, node: fx.Node, last_use: dict[fx.Node, list[fx.Node]]) -> list[str]:
+        """All that one node takes."""
+        return [*self.prepared(node), self.statement(node, last_use)]
 
     def statement(self, node: fx.Node, last_use: dict[fx.Node, list[fx.Node]]) -> str:
         value = self.expression(node)
@@ -448,21 +479,6 @@ def _is_condition(guard: str) -> bool:
     return re.fullmatch(r"[\w\s+\-*/%<>=!().,]+", guard) is not None
 
 
-def _indent(lines: list[str]) -> list[str]:
+def indented(lines: list[str]) -> list[str]:
+    """The lines one level further in."""
     return [f"    {line}" for line in lines]
-
-
-def _runs(body: list[fx.Node], depth: int) -> Iterator[tuple[Region | None, list[fx.Node]]]:
-    """Consecutive nodes that share their region at `depth`."""
-    run: list[fx.Node] = []
-    current: Region | None = None
-    for node in body:
-        regions = node.meta.get("regions", ())
-        region = regions[depth] if len(regions) > depth else None
-        if run and region != current:
-            yield current, run
-            run = []
-        current = region
-        run.append(node)
-    if run:
-        yield current, run

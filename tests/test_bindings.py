@@ -164,7 +164,7 @@ def test_a_binding_computes_what_its_operator_does(name):
     want = target(*args)
     graph = torch.fx.Graph()
     node = graph.call_function(target, args)
-    emitter = emit._Emitter.__new__(emit._Emitter)
+    emitter = emit.Emitter.__new__(emit.Emitter)
     emitter.constants, emitter.taken = {}, set()
     called = emitter.constants[emitter.operator(node)]
     got = called(*args)

@@ -1,0 +1,57 @@
+"""The memory that tensors take, counted as it is used."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def key(tensor: Tensor) -> int:
+    """What tells the storage of a tensor from all others that live."""
+    return tensor.untyped_storage()._cdata
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make inside, as long as they live.
+
+    live, peak   bytes now, and at most since `reset`
+
+    What a kernel takes for itself while it runs is not seen, nor is what was there before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.peak = 0, 0
+        self.known: dict[int, int] = {}
+
+    def reset(self) -> None:
+        """Start the peak anew."""
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self.count(tensor, 0)  # it was there before, or is counted
+        made = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.count(tensor, tensor.untyped_storage().nbytes())
+        return made
+
+    def count(self, tensor: Tensor, size: int) -> None:
+        """From now on its storage takes this many bytes, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        at = storage._cdata
+        if at not in self.known:
+            self.known[at] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.freed, at).atexit = False
+
+    def freed(self, at: int) -> None:
+        """A storage is no more."""
+        self.live -= self.known.pop(at)

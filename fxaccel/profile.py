@@ -1,0 +1,372 @@
+"""What one training step of a program takes, call by call: the facts that a schedule is planned on.
+
+The step is run on fake tensors, which have sizes and no data: forward, then backward from the loss (the
+first output that is one number), or from all outputs where there is none. Every byte is seen that an
+operator allocates and whatever autograd saves; what a kernel takes for itself while it runs is not.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxaccel import scheduled
+from fxaccel.cost import node_flops, parameter_bytes
+from fxaccel.effects import has_effect, is_random, mutated_arguments, written
+from fxaccel.errors import RuleError
+from fxaccel.ir import Program, number, tensors
+from fxaccel.memory import Meter, key
+from fxaccel.recompute import Run, Timetable
+from fxaccel.schedule import HIDDEN, Schedule
+
+FREE = -1  # the value that stands for parameters, buffers, constants and inputs: they are there anyway
+
+
+@dataclass
+class Value:
+    """A storage that forward makes.
+
+    name     the node that makes it; with "!" behind it what that call saves besides arguments and results
+    nbytes   its size
+    made     the step that makes it
+    read     the last step of forward that reads it, or a view of it
+    needed   steps whose backward reads it
+    shown    whether the caller holds it: it is an output
+    """
+
+    name: str
+    nbytes: int
+    made: int
+    read: int = -1
+    needed: list[int] = field(default_factory=list)
+    shown: bool = False
+
+
+@dataclass
+class Call:
+    """A call of the graph: one step of forward, and of backward.
+
+    name         of the node
+    makes        the values that it makes, without what it hides
+    hides        what it saves besides arguments and results, None where nothing
+    reads        values of its arguments
+    takes        bytes that forward takes while it runs, over what lived before; its results are among them
+    rest         bytes alive when its backward begins besides values: gradients of all kinds
+    surge        the most of them while its backward runs
+    grads        of `rest`, those of parameters
+    again        whether it can be computed again
+    view         whether its results are its arguments' storages
+    flops, nbytes   what computing it costs
+    """
+
+    name: str
+    makes: list[int] = field(default_factory=list)
+    hides: int | None = None
+    reads: list[int] = field(default_factory=list)
+    takes: int = 0
+    rest: int = 0
+    surge: int = 0
+    grads: int = 0
+    again: bool = False
+    view: bool = False
+    flops: int = 0
+    nbytes: int = 0
+
+
+@dataclass
+class Profile:
+    """One training step.
+
+    values     storages that forward makes
+    calls      steps in the order of the graph, by their place in it
+    roots      node name -> the values that its result lies in
+    inputs     node name -> the nodes that it reads when it is computed again
+    state      bytes of parameters
+    grads      bytes of their gradients
+    """
+
+    values: list[Value]
+    calls: dict[int, Call]
+    roots: dict[str, list[int]]
+    inputs: dict[str, list[str]]
+    state: int
+    grads: int
+
+
+def profile(program: Program) -> Profile:
+    """The profile of a training step at the sizes that the program was captured with.
+
+    Raises RuleError where the graph cannot be run without data.
+    """
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes:
+        given = {n: _fake(n, program) for n in program.graph.find_nodes(op="placeholder")}
+    watch = _Watch(program, list(given.values()))
+    emitter = _Emitter(program, watch)
+    code = emitter.code()
+    constants = {k: fakes.from_tensor(v) if isinstance(v, Tensor) else v for k, v in code.constants.items()}
+    for tensor in constants.values():
+        if isinstance(tensor, Tensor):
+            watch.free.add(key(tensor))
+    state = {slot.name: given[n] for n in given if (slot := program.state.get(n.name)) is not None}
+    for tensor in state.values():
+        if tensor.requires_grad:
+            tensor.register_post_accumulate_grad_hook(watch.accumulated)
+    functions = replace(code, constants=constants).bind(_Tree(state), "<fxaccel profile>")  # type: ignore[arg-type]
+    inputs = [given[program.placeholder(n)] for n in program.inputs if n is not None]
+    with fakes, watch.meter, torch.enable_grad():
+        try:
+            outputs = functions["forward"](*inputs)
+        except Exception as error:  # whatever an operator raises that asks for data
+            raise RuleError(
+                f"the step cannot be run without data: {type(error).__name__}: {error}"
+            ) from error
+        watch.shown(outputs)
+        watch.backward(outputs)
+    return watch.profile(parameter_bytes(program))
+
+
+class _Tree:
+    """Stands for the module tree: tables of fake parameters and buffers by path."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.tables: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            path, _, own = name.rpartition(".")
+            self.tables.setdefault(path, {})[own] = tensor
+
+    def get_submodule(self, path: str) -> Any:
+        table = self.tables.get(path, {})  # ties name modules whose parameter is read by another name
+        return SimpleNamespace(_parameters=table, _buffers=table)
+
+
+def _fake(node: fx.Node, program: Program) -> Tensor:
+    val = node.meta["val"]
+    size, stride = ([number(s, program.hints) for s in sizes] for sizes in (val.shape, val.stride()))
+    made = torch.empty_strided(size, stride, dtype=val.dtype, device=val.device)
+    slot = program.state.get(node.name)
+    learns = val.requires_grad or (slot is not None and slot.kind == "parameter")
+    return made.requires_grad_(learns and val.dtype.is_floating_point)
+
+
+class _Emitter(scheduled.Emitter):
+    """Code that tells a watch of every call and every result."""
+
+    def __init__(self, program: Program, watch: _Watch) -> None:
+        super().__init__(replace(program, schedule=Schedule(), _facts=program._facts))
+        self.start = watch
+
+    def after(self, node: fx.Node) -> list[str]:
+        return [f"{self.run}.made({self.index[node.name]}, {self.names[node]})"]
+
+    def lowered(self, node: fx.Node) -> Any:
+        """On a GPU the operator itself: its peers are told apart by measurement, which takes data."""
+        device = tensors(node.meta["val"])[0].device.type if tensors(node.meta["val"]) else "cpu"
+        return super().lowered(node) if device == "cpu" else None
+
+
+class _Meter(Meter):
+    """A meter that tells the bytes of values and of parameters' gradients from all others."""
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+        self.values: set[int] = set()
+        self.rest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # without data: a kernel that looks for a rare case does not find it
+        self.before()
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        self.after()
+        return made
+
+    def count(self, tensor: Tensor, size: int) -> None:
+        live = self.live
+        super().count(tensor, size)
+        self.rest += self.live - live
+
+    def value(self, at: int) -> None:
+        """This storage is a value."""
+        if at in self.known and at not in self.values:
+            self.values.add(at)
+            self.rest -= self.known[at]
+
+    def freed(self, at: int) -> None:
+        if at in self.values:
+            self.values.remove(at)
+        else:
+            self.rest -= self.known[at]
+        super().freed(at)
+
+
+class _Watch(Run):
+    """A run that keeps everything and notes what becomes of it. Called, it is its own run."""
+
+    def __init__(self, program: Program, given: Sequence[Tensor]) -> None:
+        super().__init__(Timetable({}, ()))
+        self.program, self.meter = program, _Meter(self.enter, self.spent)
+        self.nodes = list(program.graph.nodes)
+        self.free = {key(t) for t in given}
+        self.number: dict[int, int] = {}  # storage -> value
+        self.values: list[Value] = []
+        self.calls: dict[int, Call] = {}
+        self.roots: dict[str, list[int]] = {n.name: [] for n in self.nodes if n.op == "placeholder"}
+        self.sequence: list[tuple[int, int]] = []
+        self.present = self.grads = self.before = 0
+        self.returning = False
+
+    def __call__(self, table: Timetable) -> _Watch:
+        return self
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def at(self, index: int, function: Any = None, *given: Any) -> None:
+        super().at(index)
+        self.sequence.append((torch._C._autograd._get_sequence_nr(), index))
+        self.calls[index] = Call(self.nodes[index].name)
+        self.before = self.meter.live
+        self.meter.reset()
+
+    def made(self, index: int, value: Any) -> None:
+        """A statement has been run."""
+        node = self.nodes[index]
+        ours = [t for t in value if isinstance(t, Tensor)] if isinstance(value, (list, tuple)) else [value]
+        if not ours or not all(isinstance(t, Tensor) for t in ours):
+            return
+        self.roots[node.name] = []
+        if node.target is operator.getitem:
+            self.own(index, node.name, value)
+            return
+        call = self.calls[index]
+        call.takes = self.meter.peak - self.before
+        if isinstance(value, Tensor):
+            self.own(index, node.name, value)
+        else:
+            for user in node.users:
+                if user.target is operator.getitem and isinstance(value[user.args[1]], Tensor):
+                    self.own(index, user.name, value[user.args[1]])
+            self.roots[node.name] = [self.number[key(t)] for t in value if key(t) in self.number]
+        call.makes = [v for v in dict.fromkeys(self.roots[node.name]) if self.values[v].made == index]
+        hidden = [
+            s for s in self.fresh if key(s.tensor) not in self.number and key(s.tensor) not in self.free
+        ]
+        storages = dict.fromkeys(key(s.tensor) for s in hidden)
+        if storages:
+            size = sum(self.meter.known.get(at, 0) for at in storages)
+            call.hides = len(self.values)
+            self.values.append(Value(node.name + HIDDEN, size, index))
+            for saved in hidden:
+                self.take(saved.tensor, call.hides)
+        for saved in self.fresh:
+            number = self.number.get(key(saved.tensor), FREE)
+            if number != FREE and index not in self.values[number].needed:
+                self.values[number].needed.append(index)
+        self.fresh.clear()
+
+    def own(self, index: int, name: str, tensor: Tensor) -> None:
+        """A tensor that a node makes: of a value, of a new one, or of what was there."""
+        at = key(tensor)
+        if at not in self.free and at not in self.number:
+            self.take(tensor, len(self.values))
+            self.values.append(Value(name, self.meter.known.get(at, 0), index))
+        self.roots.setdefault(name, [])
+        if at in self.number:
+            self.roots[name] = [self.number[at]]
+
+    def take(self, tensor: Tensor, number: int) -> None:
+        """This storage is a value."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.number:
+            self.number[storage._cdata] = number
+            self.meter.value(storage._cdata)
+            weakref.finalize(storage, self.number.pop, storage._cdata, None).atexit = False
+
+    def shown(self, outputs: Sequence[Any]) -> None:
+        """What the caller is given."""
+        for output in outputs:
+            if isinstance(output, Tensor) and key(output) in self.number:
+                self.values[self.number[key(output)]].shown = True
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def backward(self, outputs: Sequence[Any]) -> None:
+        """Run backward from the loss, or from all outputs."""
+        roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+        if not roots:
+            raise RuleError("no output of the step has a gradient")
+        loss = next((t for t in roots if t.numel() == 1), None)
+        chosen = roots if loss is None else [loss]
+        self.returning, self.present = True, -1
+        torch.autograd.backward(chosen, [torch.ones_like(t) for t in chosen])
+        self.returning = False
+
+    def enter(self) -> None:
+        """Before an operator: which call's backward it belongs to."""
+        node = torch._C._current_autograd_node() if self.returning else None
+        if node is None or node.name().endswith("AccumulateGrad"):
+            return
+        place = bisect.bisect_right(self.sequence, node._sequence_nr(), key=operator.itemgetter(0))
+        index = self.sequence[place - 1][1]
+        if index != self.present:
+            self.present, call = index, self.calls[index]
+            call.rest, call.grads, call.surge = self.meter.rest, self.grads, self.meter.rest
+
+    def spent(self) -> None:
+        """After an operator."""
+        if self.returning and self.present >= 0:
+            call = self.calls[self.present]
+            call.surge = max(call.surge, self.meter.rest)
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """A parameter has its gradient."""
+        if parameter.grad is not None:
+            self.grads += parameter.grad.untyped_storage().nbytes()
+
+    # -- the result -------------------------------------------------------------------------------
+
+    def profile(self, state: int) -> Profile:
+        """What has been seen, with what each call reads and costs."""
+        writers, costs = self.program.facts(written), dict[str, tuple[int, int]]()
+        for index, node in enumerate(self.nodes):
+            for arg in node.all_input_nodes:
+                for value in self.roots.get(arg.name, ()):
+                    self.values[value].read = max(self.values[value].read, index)
+            call = self.calls.get(index)
+            if call is None:
+                continue
+            read = scheduled.reads(node)
+            call.reads = list(dict.fromkeys(v for a in read for v in self.roots.get(a.name, ())))
+            call.view = not call.makes and not mutated_arguments(node)
+            call.again = can_again(node, read, writers)
+            call.flops, call.nbytes = self.cost(node, costs)
+        inputs = {n.name: [a.name for a in scheduled.reads(n)] for n in self.nodes if n.op == "call_function"}
+        return Profile(self.values, self.calls, self.roots, inputs, state, self.grads)
+
+    def cost(self, node: fx.Node, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
+        """FLOPs of a call, and bytes of its arguments and results."""
+        touched = [t for n in [*node.all_input_nodes, node] for t in tensors(n.meta["val"])]
+        signature = f"{node.target} {[(list(t.shape), t.dtype) for t in touched]}"
+        if signature not in known:
+            sizes = self.program.hints
+            nbytes = sum(number(t.numel(), sizes) * t.element_size() for t in touched)
+            known[signature] = number(node_flops(node), sizes), nbytes
+        return known[signature]
+
+
+def can_again(node: fx.Node, read: Sequence[fx.Node], writers: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a call gives the same result a second time, and does nothing else."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node in writers:
+        return False
+    quiet = scheduled.moves_statistics(node) or is_random(node) or not has_effect(node)
+    return quiet and writers.keys().isdisjoint(read)

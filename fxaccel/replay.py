@@ -1,0 +1,203 @@
+"""What a schedule costs: one training step gone through by its profile, byte by byte.
+
+A draft says which values autograd does not keep and which calls are made again at which point of backward.
+`replay` finds how long each value lives under it, the peak of all that lives, and what is computed again;
+`write` turns the draft into the Schedule that the emitted code follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from fxaccel.profile import Profile
+from fxaccel.schedule import HIDDEN, Again, Schedule
+
+Programs = Mapping[int, Sequence[int]]
+"""step -> the calls that are made again before its backward, in the order of the graph."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan in numbers.
+
+    dropped    values that autograd does not keep
+    again      what is computed in their place
+    """
+
+    dropped: frozenset[int] = frozenset()
+    again: Programs = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a draft costs.
+
+    peak       the most bytes that live at once, parameters and buffers left out
+    inner      the same without the gradients of parameters
+    flops, seconds    of what is computed again
+    """
+
+    peak: int
+    inner: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Lives:
+    """How long values live under a draft.
+
+    lowest    value -> the step whose backward is the last to read what autograd or a program keeps of it
+    held      step -> (value, until): what its program leaves behind
+    """
+
+    lowest: dict[int, int]
+    held: dict[int, list[tuple[int, int]]]
+
+
+def lives(profile: Profile, draft: Draft) -> Lives:
+    """Who reads what in backward, and until when it is kept."""
+    values, calls = profile.values, profile.calls
+    lowest: dict[int, int] = {}
+    for number, value in enumerate(values):
+        if value.needed and number not in draft.dropped:
+            lowest[number] = min(value.needed)
+    held: dict[int, list[tuple[int, int]]] = {}
+    until: dict[int, int] = {}  # dropped value -> the lowest step that reads what is computed next above it
+    needs = needed(profile, draft.dropped)
+    for step in sorted({*needs, *draft.again}):
+        for number in needs.get(step, ()):
+            until.setdefault(number, step)
+        program = draft.again.get(step)
+        if program is None:
+            continue
+        made = {v for c in program for v in results(profile, c) if v in draft.dropped}
+        held[step] = [(v, until.pop(v)) for v in sorted(made) if v in until]
+        read = {v for c in program for v in calls[c].reads} - made
+        for number in read & draft.dropped:
+            until.setdefault(number, step)
+        lowest |= {v: min(step, lowest.get(v, step)) for v in read - draft.dropped}
+    if until:
+        number, step = next(iter(until.items()))
+        raise ValueError(f"{values[number].name} is read before {calls[step].name} and never computed again")
+    return Lives(lowest, held)
+
+
+def needed(profile: Profile, dropped: Collection[int]) -> dict[int, list[int]]:
+    """step -> the dropped values that its backward reads."""
+    needs: dict[int, list[int]] = {}
+    for number in dropped:
+        for step in profile.values[number].needed:
+            needs.setdefault(step, []).append(number)
+    return needs
+
+
+def results(profile: Profile, call: int) -> list[int]:
+    """The values that a call makes, with what it hides."""
+    one = profile.calls[call]
+    return one.makes if one.hides is None else [*one.makes, one.hides]
+
+
+def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None = None) -> Replayed:
+    """The cost of a draft; seconds: of each call."""
+    values, calls = profile.values, profile.calls
+    found = lives(profile, draft)
+    size = max(calls, default=0) + 2
+    forward, backward = [0] * (size + 1), [0] * (size + 1)
+    for number, value in enumerate(values):
+        last = size - 1 if number in found.lowest or value.shown else max(value.read, value.made)
+        forward[value.made + 1] += value.nbytes
+        forward[last + 1] -= value.nbytes
+        low = 0 if value.shown else found.lowest.get(number, size)
+        backward[low] += value.nbytes
+    for step, held in found.held.items():
+        for number, until in held:  # from after the program to the backward of `until`
+            backward[until] += values[number].nbytes
+            backward[step] -= values[number].nbytes
+    alive_forward, alive_backward = list(accumulate(forward)), list(accumulate(backward))
+    peak = inner = max((alive_forward[i] + c.takes for i, c in calls.items()), default=0)
+    flops, spent = 0, 0.0
+    for step, call in calls.items():
+        live = alive_backward[step]
+        program = draft.again.get(step)
+        if program is not None:
+            most, left = _program(profile, program, found.held[step])
+            peak, inner = max(peak, live + most + call.rest), max(inner, live + most + call.rest - call.grads)
+            live += left
+            flops += sum(calls[c].flops for c in program)
+            spent += sum(seconds[c] for c in program) if seconds else 0.0
+        peak, inner = max(peak, live + call.surge), max(inner, live + call.surge - call.grads)
+    return Replayed(peak, inner, flops, spent)
+
+
+def _program(profile: Profile, program: Sequence[int], held: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The most bytes that a program takes, and those that it leaves behind."""
+    values = profile.values
+    kept: set[int | None] = {v for v, _ in held}
+    last = {v: c for c in program for v in profile.calls[c].reads}
+    live = most = 0
+    dead: dict[int, int] = {}
+    for call in program:
+        one = profile.calls[call]
+        most = max(most, live + one.takes)
+        for number in results(profile, call) if one.hides in kept else one.makes:
+            live += values[number].nbytes
+            if number not in kept:
+                until = max(last.get(number, call), call)
+                dead[until] = dead.get(until, 0) + values[number].nbytes
+        most = max(most, live)
+        live -= dead.pop(call, 0)
+    return most, sum(values[v].nbytes for v, _ in held)
+
+
+def lazily(profile: Profile, dropped: Collection[int], part: Sequence[int] | None = None) -> Draft:
+    """The draft that computes every dropped value when it is first needed, and holds it as long as it is.
+
+    part    call -> number of the part of the graph that it lies in: what is computed on the way in another
+            part than that of the reader is let go, and computed again when backward comes there
+    """
+    values, calls = profile.values, profile.calls
+    ready = set[int]()
+    again: dict[int, list[int]] = {}
+    needs = needed(profile, dropped)
+    for step in sorted(needs, reverse=True):
+        wanted = [v for v in needs[step] if v not in ready]
+        program = set[int]()
+        while wanted:
+            call = values[wanted.pop()].made
+            if call not in program:
+                program.add(call)
+                wanted += [v for v in calls[call].reads if v in dropped and v not in ready]
+        if program:
+            again[step] = sorted(program)
+            mine = None if part is None else part[step]
+            stays = [c for c in program if part is None or part[c] == mine]
+            ready.update(v for c in stays for v in results(profile, c) if v in dropped)
+    return Draft(frozenset(dropped), again)
+
+
+def write(profile: Profile, draft: Draft) -> Schedule:
+    """The schedule that the emitted code follows, by the names of nodes."""
+    values, calls, found = profile.values, profile.calls, lives(profile, draft)
+    order = {n: i for i, n in enumerate(profile.roots)}
+    again = []
+    for step in sorted(draft.again, reverse=True):
+        made = {v for c in draft.again[step] for v in results(profile, c)}
+        names: set[str] = set()
+        wanted = [calls[c].name for c in draft.again[step]]
+        wanted += [values[v].name for v, _ in found.held[step] if not values[v].name.endswith(HIDDEN)]
+        while wanted:
+            name = wanted.pop()
+            if name in names:
+                continue
+            names.add(name)
+            for read in profile.inputs[name]:
+                gone = [v for v in profile.roots.get(read, ()) if v in draft.dropped]
+                if any(v in made or values[v].name != read for v in gone):  # else a slot holds it
+                    wanted.append(read)
+        held = tuple((values[v].name, calls[until].name) for v, until in found.held[step])
+        again.append(Again(calls[step].name, tuple(sorted(names, key=order.__getitem__)), held))
+    dropped = tuple(values[v].name for v in sorted(draft.dropped))
+    return Schedule(dropped, tuple(again))
