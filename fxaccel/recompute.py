@@ -182,10 +182,13 @@ class Run:
             made = self.slots[slot]
         return made
 
-    def rerun(self, index: int, slot: int | None, call: Callable[..., Any], *given: Any) -> Any:
+    def rerun(
+        self, index: int, slot: int | None, read: Sequence[int] | None, call: Callable[..., Any], *given: Any
+    ) -> Any:
         """The result of a call made as in forward, where a kernel may go another way with gradients.
 
-        What autograd saves of it besides its arguments and results goes into the slot, if there is one.
+        What autograd saves of it besides its arguments and results (those that are read, of several) goes
+        into the slot, if there is one.
         """
         saved: list[Tensor] = []
         flags = self.learning[index]
@@ -200,7 +203,7 @@ class Run:
         with torch.enable_grad(), saved_tensors_hooks(pack, _never):
             made = call(*leaves)
         if slot is not None:
-            self.slots[slot] = beside(saved, leaves, made)
+            self.slots[slot] = beside(saved, leaves, made if read is None else [made[i] for i in read])
         return pytree.tree_map_only(Tensor, lambda t: t.data, made)
 
 

@@ -152,11 +152,14 @@ def _program(profile: Profile, program: Sequence[int], held: Sequence[tuple[int,
     return most, sum(values[v].nbytes for v, _ in held)
 
 
-def lazily(profile: Profile, dropped: Collection[int], part: Sequence[int] | None = None) -> Draft:
+def lazily(
+    profile: Profile, dropped: Collection[int], part: Mapping[int, int] | None = None, posts: Collection[int] = ()
+) -> Draft:
     """The draft that computes every dropped value when it is first needed, and holds it as long as it is.
 
     part    call -> number of the part of the graph that it lies in: what is computed on the way in another
             part than that of the reader is let go, and computed again when backward comes there
+    posts   values that are held nevertheless
     """
     values, calls = profile.values, profile.calls
     ready = set[int]()
@@ -172,9 +175,9 @@ def lazily(profile: Profile, dropped: Collection[int], part: Sequence[int] | Non
                 wanted += [v for v in calls[call].reads if v in dropped and v not in ready]
         if program:
             again[step] = sorted(program)
-            mine = None if part is None else part[step]
-            stays = [c for c in program if part is None or part[c] == mine]
-            ready.update(v for c in stays for v in results(profile, c) if v in dropped)
+            for c in program:
+                stays = part is None or part[c] == part[step]
+                ready.update(v for v in results(profile, c) if v in dropped and (stays or v in posts))
     return Draft(frozenset(dropped), again)
 
 

@@ -98,7 +98,8 @@ class Emitter(emit.Emitter):
         if node in self.noted:
             yield f"{self.run}.note({read.removesuffix(', ')})"
         if node.name + HIDDEN in self.slot:
-            yield f"{self.run}.hide({self.slot[node.name + HIDDEN]}, ({read}), {name})"
+            made = f"[{name}[i] for i in {_read(node)}]" if _read(node) is not None else name
+            yield f"{self.run}.hide({self.slot[node.name + HIDDEN]}, ({read}), {made})"
         results = [(u, f"{name}[{u.args[1]}]") for u in node.users if u.target is operator.getitem]
         own = [(node, name)] if node.target is not operator.getitem else []
         for value, text in [*own, *results]:
@@ -161,7 +162,7 @@ class Part(emit.Emitter):
         if not self.rerun(node):
             return text
         read = ", ".join(self.names[n] for n in _tensors_of(node))
-        words = f"{self.outer.index[node.name]}, {self.hidden.get(node.name + HIDDEN)}"
+        words = f"{self.outer.index[node.name]}, {self.hidden.get(node.name + HIDDEN)}, {_read(node)}"
         return f"{self.run}.rerun({words}, lambda {read}: {text}, {read})"
 
     def rerun(self, node: fx.Node) -> bool:
@@ -188,6 +189,13 @@ def reads(node: fx.Node) -> list[fx.Node]:
     """What a call reads when it is computed again."""
     unread = _statistics(node) if moves_statistics(node) else []
     return [a for a in node.all_input_nodes if a not in unread]
+
+
+def _read(node: fx.Node) -> tuple[int, ...] | None:
+    """Which results of a call are read; None where it has one. What is saved of the others is hidden."""
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return None
+    return tuple(u.args[1] for u in node.users if u.target is operator.getitem)  # type: ignore[misc]
 
 
 def _tensors_of(node: fx.Node) -> list[fx.Node]:

@@ -1,0 +1,343 @@
+"""Which values of a training step to keep for backward, so that its peak stays under a number of bytes.
+
+The calls are cut into parts where few bytes cross, and what crosses a cut is its boundary. Within a part,
+what to keep is a minimum cut: for a price a byte, keeping costs the price, computing again costs time and
+needs the arguments; all prices give the part's frontier. Along the parts a shortest path chooses from the
+frontiers: what the parts before keep is there while a part's backward runs, beside what that takes itself.
+A run of parts may keep nothing but its beginning: then backward goes through it twice, first for its
+boundaries, then part by part. The plan that comes out is gone through by fxaccel.replay, byte by byte.
+
+Source     the closure with a price: Picard 1976, "Maximal closure of a graph", and the frontier of its
+           multipliers: Everett 1963; parts as the stages of a chain: Beaumont et al. 2019, "Optimal
+           checkpointing for heterogeneous chains", arXiv:1911.13214; options for a stage: Zhao et al. 2023,
+           "Rockmate", arXiv:2307.01236; two passes: Chen et al. 2016, arXiv:1604.06174.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import networkx as nx
+
+from fxaccel.profile import Profile, Value
+from fxaccel.replay import Draft, Replayed, lazily, replay, results
+
+LEAST, MOST = 8, 20  # calls in a part
+PARTS = 256  # the most parts
+PRICES = 24  # of a byte, from where all is kept to where nothing is
+FEW = 5  # values between two prices, of which all subsets are tried
+STATES = 300  # kept at a cut while the shortest path is searched
+TRIES = 8  # with a lower aim, where the parts together take more than each by itself
+RUNS = 24  # the longest run of parts that keeps its beginning alone
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a part may keep within it.
+
+    kept       values, by their number in the part
+    nbytes     of them
+    seconds    what computing the others again takes
+    peak       the most bytes that live while the part runs forward or backward, its boundary included
+    """
+
+    kept: frozenset[int]
+    nbytes: int
+    seconds: float
+    peak: int
+
+
+@dataclass
+class Part:
+    """Consecutive calls.
+
+    profile     of these calls alone: what others make is free
+    calls       steps of the graph
+    values      number in the part -> number in the step
+    crossing    values that later parts read, by their number in the part
+    options     from keeping all to keeping nothing
+    forward     seconds to make the boundary again
+    """
+
+    profile: Profile
+    calls: Sequence[int]
+    values: list[int]
+    crossing: frozenset[int]
+    seconds: dict[int, float]
+    options: list[Option] = field(default_factory=list)
+    forward: float = 0.0
+
+    @property
+    def boundary(self) -> int:
+        """Bytes of what later parts read."""
+        return sum(self.profile.values[v].nbytes for v in self.crossing)
+
+
+def droppable(profile: Profile) -> set[int]:
+    """Values that can be computed again."""
+    values, calls = profile.values, profile.calls
+    return {n for n, v in enumerate(values) if calls[v.made].again and not v.shown}
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def cuts(profile: Profile) -> list[int]:
+    """Calls before which the graph is cut: each where the fewest bytes cross within the next LEAST to MOST."""
+    order = [c for c, call in profile.calls.items() if not call.view]
+    place = {call: i for i, call in enumerate(order)}
+    width = [0] * (len(order) + 1)
+    for value in profile.values:
+        width[place[value.made] + 1] += value.nbytes
+        last = bisect.bisect_right(order, value.read)
+        width[max(last, place[value.made] + 1)] -= value.nbytes
+    crossing = list(itertools.accumulate(width))
+    least = max(LEAST, len(order) // PARTS)
+    at, found = 0, list[int]()
+    while len(order) - at > 2 * least:
+        at = min(range(at + least, min(at + MOST * least // LEAST, len(order) - least) + 1), key=crossing.__getitem__)
+        found.append(order[at])
+    return found
+
+
+def plan(profile: Profile, seconds: Mapping[int, float], budget: int) -> tuple[Draft, Replayed] | None:
+    """The draft of least time whose peak, replayed, is at most `budget` bytes; None where none was found."""
+    everything = replay(profile, Draft())
+    if everything.peak <= budget:
+        return Draft(), everything
+    made, aim = parts(profile, seconds), budget
+    for _ in range(TRIES):
+        end = way(made, aim)
+        if end is None:
+            return None
+        found = draft(profile, made, end)
+        cost = replay(profile, found, seconds)
+        if cost.peak <= budget:
+            return found, cost
+        aim -= cost.peak - budget
+    return None
+
+
+def parts(profile: Profile, seconds: Mapping[int, float]) -> list[Part]:
+    """The step in parts, with the frontier of each; equal parts share theirs."""
+    order, marks = list(profile.calls), cuts(profile)
+    bounds = [0, *(order.index(c) for c in marks), len(order)]
+    made: list[Part] = []
+    known: dict[object, Part] = {}
+    for low, high in itertools.pairwise(bounds):
+        part = _part(profile, order[low:high], seconds)
+        signature = _signature(part)
+        like = known.setdefault(signature, part)
+        if like is part:
+            part.options = frontier(part)
+            part.forward = sum(part.seconds[c] for c in _closure(part, part.crossing, frozenset()))
+        part.forward = like.forward
+        rise = _base(part) - _base(like)
+        part.options = [replace(o, peak=o.peak + rise) for o in like.options] if rise else like.options
+        made.append(part)
+    return made
+
+
+def _part(profile: Profile, calls: Sequence[int], seconds: Mapping[int, float]) -> Part:
+    ours = [v for c in calls for v in results(profile, c)]
+    number = {v: i for i, v in enumerate(ours)}
+    first, last = calls[0], calls[-1]
+    at = {c: i for i, c in enumerate(calls)}
+    values = [
+        replace(
+            profile.values[v], made=at[profile.values[v].made],
+            read=at.get(profile.values[v].read, len(calls) if profile.values[v].read > last else -1),
+            needed=[at[s] for s in profile.values[v].needed if first <= s <= last and s in at],
+        )
+        for v in ours
+    ]  # fmt: skip
+    inside = {
+        i: replace(
+            profile.calls[c],
+            makes=[number[v] for v in profile.calls[c].makes],
+            hides=None if profile.calls[c].hides is None else number[profile.calls[c].hides],
+            reads=[number[v] for v in profile.calls[c].reads if v in number],
+        )
+        for i, c in enumerate(calls)
+    }
+    crossing = frozenset(i for i, v in enumerate(ours) if profile.values[v].read > last)
+    small = Profile(values, inside, {}, {}, 0, 0)
+    return Part(small, calls, ours, crossing, {i: seconds[c] for i, c in enumerate(calls)})
+
+
+def _base(part: Part) -> int:
+    """Bytes of gradients when the part's backward begins."""
+    return next((c.rest for c in reversed(part.profile.calls.values()) if c.rest), 0)
+
+
+def _signature(part: Part) -> object:
+    base = _base(part)
+    calls = tuple(
+        (tuple(c.makes), c.hides, tuple(c.reads), c.takes, max(c.rest - base, -base), c.surge - c.rest, c.again,
+         part.seconds[i])
+        for i, c in part.profile.calls.items()
+    )  # fmt: skip
+    values = tuple((v.nbytes, v.made, v.read, tuple(v.needed), v.shown) for v in part.profile.values)
+    return calls, values, part.crossing
+
+
+# -- the frontier of a part ------------------------------------------------------------------------
+
+
+def frontier(part: Part) -> list[Option]:
+    """What the part may keep: no option has another that keeps less, computes less and peaks lower."""
+    profile = part.profile
+    inner = droppable(profile) - part.crossing
+    tried = {frozenset(v for v in inner if profile.values[v].needed): None, frozenset[int](): None}
+    sets = [kept for price in _prices(part, inner) if (kept := _closed(part, inner, price)) is not None]
+    for more, less in itertools.pairwise(sorted({*tried, *sets}, key=lambda kept: -_bytes(part, kept))):
+        for extra in _between(part, more - less):
+            tried[less | extra] = None
+    found = [_option(part, inner, kept) for kept in tried]
+    found.sort(key=lambda o: (o.nbytes, o.seconds, o.peak))
+    best: list[Option] = []
+    for one in found:
+        if not any(o.seconds <= one.seconds and o.peak <= one.peak for o in best):
+            best.append(one)
+    return best
+
+
+def _prices(part: Part, inner: set[int]) -> Iterator[float]:
+    """Prices of a byte, in even ratios from one at which nothing pays to be computed again."""
+    values = part.profile.values
+    sizes = [values[v].nbytes for v in inner if values[v].nbytes and values[v].needed]
+    times = [t for t in part.seconds.values() if t > 0]
+    if not sizes or not times:
+        return
+    low, high = min(times) / max(sizes) / 2, sum(times) / min(sizes) * 2
+    for i in range(PRICES):
+        yield low * (high / low) ** (i / (PRICES - 1))
+
+
+def _closed(part: Part, inner: set[int], price: float) -> frozenset[int]:
+    """The values to keep at a price a byte: a minimum cut between what is needed and what costs."""
+    graph = nx.DiGraph()
+    values, calls = part.profile.values, part.profile.calls
+    graph.add_nodes_from(["needed", "cost"])
+    for v in inner:
+        graph.add_edge(("value", v), ("call", values[v].made), capacity=price * values[v].nbytes)
+        if values[v].needed:
+            graph.add_edge("needed", ("value", v))
+    for c in {values[v].made for v in inner}:
+        graph.add_edge(("call", c), "cost", capacity=part.seconds[c])
+        graph.add_edges_from((("call", c), ("value", u)) for u in calls[c].reads if u in inner)
+    _, (ready, _) = nx.minimum_cut(graph, "needed", "cost")
+    return frozenset(v for v in inner if ("value", v) in ready and ("call", values[v].made) not in ready)
+
+
+def _between(part: Part, values: frozenset[int]) -> Iterator[frozenset[int]]:
+    """Subsets: all of a few values, else those of the smallest ones."""
+    ordered = sorted(values, key=lambda v: part.profile.values[v].nbytes)
+    if len(ordered) <= FEW:
+        for size in range(len(ordered) + 1):
+            yield from map(frozenset, itertools.combinations(ordered, size))
+    else:
+        yield from (frozenset(ordered[:n]) for n in range(len(ordered) + 1))
+
+
+def _bytes(part: Part, kept: frozenset[int]) -> int:
+    return sum(part.profile.values[v].nbytes for v in kept)
+
+
+def _option(part: Part, inner: set[int], kept: frozenset[int]) -> Option:
+    found = replay(part.profile, lazily(part.profile, inner - kept), part.seconds)
+    return Option(kept, _bytes(part, kept), found.seconds, found.peak)
+
+
+def _closure(part: Part, wanted: frozenset[int], kept: frozenset[int]) -> set[int]:
+    """The calls that compute values again from what the part begins with."""
+    values, calls, left, found = part.profile.values, part.profile.calls, list(wanted), set[int]()
+    while left:
+        call = values[left.pop()].made
+        if call not in found:
+            found.add(call)
+            left += [v for v in calls[call].reads if v not in kept]
+    return found
+
+
+# -- the way along the parts -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _State:
+    """A way up to a cut: bytes kept so far, seconds computed again, and how it came here."""
+
+    nbytes: int
+    seconds: float
+    before: _State | None = None
+    option: Option | None = None  # of the last part, None for a run
+    length: int = 1
+
+
+def way(made: Sequence[Part], budget: int) -> _State | None:
+    """The least to compute again with a peak of at most `budget`, by the frontiers of the parts."""
+    shown = [sum(v.nbytes for v in p.profile.values if v.shown) for p in made]
+    rooms = [budget - sum(shown) + own for own in shown]
+    states: list[list[_State]] = [[] for _ in range(len(made) + 1)]
+    states[0] = [_State(0, 0.0)]
+    for i, part in enumerate(made):
+        here = states[i] = _thinned(states[i])
+        for option in part.options:
+            more = option.nbytes + part.boundary
+            states[i + 1] += [
+                _State(s.nbytes + more, s.seconds + option.seconds, s, option)
+                for s in here if s.nbytes + option.peak <= rooms[i]
+            ]  # fmt: skip
+        for end, need, seconds in _runs(made, i, rooms):
+            more = made[end].boundary
+            states[end + 1] += [
+                _State(s.nbytes + more, s.seconds + seconds, s, None, end + 1 - i) for s in here if s.nbytes <= need
+            ]
+    return min(states[-1], key=lambda s: s.seconds, default=None)
+
+
+def _runs(made: Sequence[Part], start: int, rooms: Sequence[int]) -> Iterator[tuple[int, int, float]]:
+    """Runs from a part on: the last part, the room that must be left before, and the seconds it takes."""
+    inner, need, seconds = 0, rooms[start], 0.0
+    for end in range(start, min(len(made), start + RUNS)):
+        bare = min(made[end].options, key=lambda o: (o.peak, o.nbytes))
+        if bare.kept:
+            bare = next(o for o in made[end].options if not o.kept)
+        need = min(need, rooms[end] - inner - bare.peak)
+        seconds += bare.seconds
+        if end > start:
+            yield end, need, seconds
+        if need < 0:
+            return
+        inner += made[end].boundary
+        seconds += made[end].forward
+
+
+def _thinned(states: list[_State]) -> list[_State]:
+    """States of which none has another with fewer bytes and seconds, evenly thinned to STATES."""
+    best: list[_State] = []
+    for s in sorted(states, key=lambda s: (s.nbytes, s.seconds)):
+        if not best or s.seconds < best[-1].seconds:
+            best.append(s)
+    if len(best) <= STATES:
+        return best
+    return [best[round(i * (len(best) - 1) / (STATES - 1))] for i in range(STATES)]
+
+
+def draft(profile: Profile, made: Sequence[Part], end: _State) -> Draft:
+    """The draft that a way stands for."""
+    kept, posts = set[int](), set[int]()
+    at, state = len(made), end
+    while state.before is not None:
+        first = at - state.length
+        for part in made[first : at - 1]:
+            posts.update(part.values[v] for v in part.crossing)
+        kept.update(made[at - 1].values[v] for v in made[at - 1].crossing)
+        if state.option is not None:
+            kept.update(made[first].values[v] for v in state.option.kept)
+        at, state = first, state.before
+    place = {c: i for i, part in enumerate(made) for c in part.calls}
+    return lazily(profile, droppable(profile) - kept, place, posts)
