@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from fxaccel.errors import CaptureError, RuleError
+from fxaccel.schedule import Schedule
 from fxaccel.structure import Structure
 
 StateKind = Literal["parameter", "buffer", "constant"]
@@ -163,7 +164,7 @@ class Program:
     replacements  parameters that passes have put in the place of others in this graph
     adopted       those that earlier captures of this module have; a pass does them again, as they are
     calibration   fxaccel.calibration.Calibration: what a pass that is not exact decides by
-    schedule      fxaccel.schedule.Schedule: which values autograd does not keep, and when they are computed
+    schedule      which values autograd does not keep, and when they are computed
                   again; None for all as it likes
     """
 
@@ -188,7 +189,7 @@ class Program:
     replacements: list[Replacement] = field(default_factory=list)
     adopted: tuple[Replacement, ...] = ()
     calibration: Any = None
-    schedule: Any = None
+    schedule: Schedule | None = None
     _facts: dict[Callable[[Program], Any], Any] = field(default_factory=dict, repr=False)
 
     def facts(self, analysis: Callable[[Program], Any]) -> Any:

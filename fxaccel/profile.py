@@ -101,6 +101,14 @@ class Profile:
     state: int
     grads: int
 
+    def without_gradients(self) -> Profile:
+        """The same step, in which the gradients of parameters take nothing."""
+        calls = {
+            i: replace(c, rest=c.rest - c.grads, surge=c.surge - c.grads, grads=0)
+            for i, c in self.calls.items()
+        }
+        return replace(self, calls=calls)
+
 
 def profile(program: Program) -> Profile:
     """The profile of a training step at the sizes that the program was captured with.

@@ -153,7 +153,10 @@ def _program(profile: Profile, program: Sequence[int], held: Sequence[tuple[int,
 
 
 def lazily(
-    profile: Profile, dropped: Collection[int], part: Mapping[int, int] | None = None, posts: Collection[int] = ()
+    profile: Profile,
+    dropped: Collection[int],
+    part: Mapping[int, int] | None = None,
+    posts: Collection[int] = (),
 ) -> Draft:
     """The draft that computes every dropped value when it is first needed, and holds it as long as it is.
 

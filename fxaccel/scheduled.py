@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxaccel import emit
 from fxaccel.effects import is_random, last_uses
 from fxaccel.emit import indented
-from fxaccel.ir import Program, Region, arguments, tensors
+from fxaccel.ir import Program, Region, arguments, is_tensor
 from fxaccel.recompute import Run, Timetable, random_state, redrawn
-from fxaccel.schedule import HIDDEN, Again
+from fxaccel.schedule import HIDDEN, Again, Schedule
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -41,11 +42,12 @@ class Emitter(emit.Emitter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program)
+        self.schedule = program.schedule or Schedule()
         nodes = list(program.graph.nodes)
         self.node = {n.name: n for n in nodes}
         self.index = {n.name: i for i, n in enumerate(nodes)}
-        self.slot = {name: i for i, name in enumerate(program.schedule.dropped)}
-        self.again = {self.node[one.before]: Part(self, one) for one in program.schedule.again}
+        self.slot = {name: i for i, name in enumerate(self.schedule.dropped)}
+        self.again = {self.node[one.before]: Part(self, one) for one in self.schedule.again}
         self.run = self.local("run")
         self.start: Any = Run
         self.states = {n: self.local(f"state_{n.name}") for part in self.again.values() for n in part.random}
@@ -67,14 +69,19 @@ class Emitter(emit.Emitter):
     def timetable(self) -> Timetable:
         fills = dict[int, list[int]]()
         frees = list[tuple[int, int]]()
-        for one in self.program.schedule.again:
+        for one in self.schedule.again:
             for value, until in one.held:
                 fills.setdefault(self.slot[value], []).append(self.index[one.before])
                 frees.append((self.index[until], self.slot[value]))
         return Timetable(fills, sorted(frees, reverse=True))
 
+    def regions(self, node: fx.Node) -> tuple[Region, ...]:
+        return tuple(
+            r for r in super().regions(node) if r.kind != "checkpoint"
+        )  # the schedule says what is kept
+
     def statements(self, node: fx.Node, last_use: dict[fx.Node, list[fx.Node]]) -> list[str]:
-        before = [] if node.target is operator.getitem or not tensors(node.meta["val"]) else self.before(node)
+        before = [] if node.target is operator.getitem or not tensors_of(node) else self.before(node)
         dead = last_use.get(node, [])
         deleted = [f"del {', '.join(self.names[n] for n in dead)}"] if dead else []
         return [*before, *super().statements(node, {}), *self.after(node), *deleted]
@@ -94,7 +101,7 @@ class Emitter(emit.Emitter):
     def after(self, node: fx.Node) -> Iterable[str]:
         """What autograd is not to keep of the call."""
         name = self.names[node]
-        read = "".join(f"{self.names[n]}, " for n in _tensors_of(node))
+        read = "".join(f"{self.names[n]}, " for n in _tensor_inputs(node))
         if node in self.noted:
             yield f"{self.run}.note({read.removesuffix(', ')})"
         if node.name + HIDDEN in self.slot:
@@ -161,7 +168,7 @@ class Part(emit.Emitter):
         text = super().expression(node)
         if not self.rerun(node):
             return text
-        read = ", ".join(self.names[n] for n in _tensors_of(node))
+        read = ", ".join(self.names[n] for n in _tensor_inputs(node))
         words = f"{self.outer.index[node.name]}, {self.hidden.get(node.name + HIDDEN)}, {_read(node)}"
         return f"{self.run}.rerun({words}, lambda {read}: {text}, {read})"
 
@@ -169,11 +176,11 @@ class Part(emit.Emitter):
         """Whether a call is made with gradients: for what it hides, or since it chooses its way by them."""
         target = node.target
         chooses = getattr(target, "namespace", "") == "fxaccel" or target is _ATTENTION
-        return bool(_tensors_of(node)) and (node.name + HIDDEN in self.hidden or chooses)
+        return bool(_tensor_inputs(node)) and (node.name + HIDDEN in self.hidden or chooses)
 
 
 def _device(node: fx.Node) -> torch.device:
-    return tensors(node.meta["val"])[0].device
+    return tensors_of(node)[0].device
 
 
 def moves_statistics(node: fx.Node) -> bool:
@@ -195,8 +202,13 @@ def _read(node: fx.Node) -> tuple[int, ...] | None:
     """Which results of a call are read; None where it has one. What is saved of the others is hidden."""
     if not isinstance(node.meta["val"], (list, tuple)):
         return None
-    return tuple(u.args[1] for u in node.users if u.target is operator.getitem)  # type: ignore[misc]
+    return tuple(u.args[1] for u in node.users if u.target is operator.getitem)
 
 
-def _tensors_of(node: fx.Node) -> list[fx.Node]:
-    return [a for a in reads(node) if tensors(a.meta["val"])]
+def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    return [a for a in reads(node) if tensors_of(a)]
+
+
+def tensors_of(node: fx.Node) -> list[Any]:
+    """The tensors that a node makes, as far as the graph knows them."""
+    return [leaf for leaf in pytree.tree_leaves(node.meta["val"]) if is_tensor(leaf)]

@@ -19,17 +19,19 @@ import bisect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import networkx as nx
 
-from fxaccel.profile import Profile, Value
-from fxaccel.replay import Draft, Replayed, lazily, replay, results
+from fxaccel.profile import Profile
+from fxaccel.replay import Draft, lazily, replay, results
 
 LEAST, MOST = 8, 20  # calls in a part
 PARTS = 256  # the most parts
 PRICES = 24  # of a byte, from where all is kept to where nothing is
 FEW = 5  # values between two prices, of which all subsets are tried
 STATES = 300  # kept at a cut while the shortest path is searched
+FINE = 200  # steps of a search for a budget
 TRIES = 8  # with a lower aim, where the parts together take more than each by itself
 RUNS = 24  # the longest run of parts that keeps its beginning alone
 
@@ -76,6 +78,62 @@ class Part:
         return sum(self.profile.values[v].nbytes for v in self.crossing)
 
 
+class Planner:
+    """Plans for one step.
+
+    seconds    of each call, by which what is computed again is weighed
+    """
+
+    def __init__(self, profile: Profile, seconds: Mapping[int, float]) -> None:
+        self.profile, self.seconds = profile, seconds
+        self.need = replay(profile, Draft(), seconds).peak
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        return parts(self.profile, self.seconds)
+
+    def plan(self, budget: int) -> Draft | None:
+        """The draft of least time whose peak, replayed, is at most `budget` bytes; None if none was found."""
+        if self.need <= budget:
+            return Draft()
+        aim = budget
+        for _ in range(TRIES):
+            end = way(self.parts, aim)
+            if end is None:
+                return None
+            found = draft(self.profile, self.parts, end)
+            over = replay(self.profile, found, self.seconds).peak - budget
+            if over <= 0:
+                return found
+            aim -= over
+        return None
+
+    def smallest(self) -> int:
+        """The smallest budget that a plan was found for, within 1 in FINE of what the step needs."""
+        low, high = 0, self.need
+        while high - low > self.need // FINE + 1:
+            middle = (low + high) // 2
+            found = self.plan(middle)
+            if found is None:
+                low = middle
+            else:
+                high = replay(self.profile, found).peak
+        return high
+
+    def within(self, seconds: float) -> Draft:
+        """The draft of the smallest peak found that computes at most so many seconds again."""
+        low, high, best = 0, self.need, Draft()
+        while high - low > self.need // FINE + 1:
+            middle = (low + high) // 2
+            found = self.plan(middle)
+            cost = None if found is None else replay(self.profile, found, self.seconds)
+            if found is None or cost is None or cost.seconds > seconds:
+                low = middle
+            else:
+                high, best = min(cost.peak, middle), found
+        return best
+
+
 def droppable(profile: Profile) -> set[int]:
     """Values that can be computed again."""
     values, calls = profile.values, profile.calls
@@ -86,7 +144,7 @@ def droppable(profile: Profile) -> set[int]:
 
 
 def cuts(profile: Profile) -> list[int]:
-    """Calls before which the graph is cut: each where the fewest bytes cross within the next LEAST to MOST."""
+    """Calls before which the graph is cut, each where the fewest bytes cross, LEAST to MOST after the last."""
     order = [c for c, call in profile.calls.items() if not call.view]
     place = {call: i for i, call in enumerate(order)}
     width = [0] * (len(order) + 1)
@@ -98,27 +156,12 @@ def cuts(profile: Profile) -> list[int]:
     least = max(LEAST, len(order) // PARTS)
     at, found = 0, list[int]()
     while len(order) - at > 2 * least:
-        at = min(range(at + least, min(at + MOST * least // LEAST, len(order) - least) + 1), key=crossing.__getitem__)
+        at = min(
+            range(at + least, min(at + MOST * least // LEAST, len(order) - least) + 1),
+            key=crossing.__getitem__,
+        )
         found.append(order[at])
     return found
-
-
-def plan(profile: Profile, seconds: Mapping[int, float], budget: int) -> tuple[Draft, Replayed] | None:
-    """The draft of least time whose peak, replayed, is at most `budget` bytes; None where none was found."""
-    everything = replay(profile, Draft())
-    if everything.peak <= budget:
-        return Draft(), everything
-    made, aim = parts(profile, seconds), budget
-    for _ in range(TRIES):
-        end = way(made, aim)
-        if end is None:
-            return None
-        found = draft(profile, made, end)
-        cost = replay(profile, found, seconds)
-        if cost.peak <= budget:
-            return found, cost
-        aim -= cost.peak - budget
-    return None
 
 
 def parts(profile: Profile, seconds: Mapping[int, float]) -> list[Part]:
@@ -158,7 +201,7 @@ def _part(profile: Profile, calls: Sequence[int], seconds: Mapping[int, float]) 
         i: replace(
             profile.calls[c],
             makes=[number[v] for v in profile.calls[c].makes],
-            hides=None if profile.calls[c].hides is None else number[profile.calls[c].hides],
+            hides=number.get(hides) if (hides := profile.calls[c].hides) is not None else None,
             reads=[number[v] for v in profile.calls[c].reads if v in number],
         )
         for i, c in enumerate(calls)
@@ -176,7 +219,7 @@ def _base(part: Part) -> int:
 def _signature(part: Part) -> object:
     base = _base(part)
     calls = tuple(
-        (tuple(c.makes), c.hides, tuple(c.reads), c.takes, max(c.rest - base, -base), c.surge - c.rest, c.again,
+        (tuple(c.makes), c.hides, tuple(c.reads), c.takes, c.rest and c.rest - base, c.surge - c.rest, c.again,
          part.seconds[i])
         for i, c in part.profile.calls.items()
     )  # fmt: skip
@@ -294,7 +337,9 @@ def way(made: Sequence[Part], budget: int) -> _State | None:
         for end, need, seconds in _runs(made, i, rooms):
             more = made[end].boundary
             states[end + 1] += [
-                _State(s.nbytes + more, s.seconds + seconds, s, None, end + 1 - i) for s in here if s.nbytes <= need
+                _State(s.nbytes + more, s.seconds + seconds, s, None, end + 1 - i)
+                for s in here
+                if s.nbytes <= need
             ]
     return min(states[-1], key=lambda s: s.seconds, default=None)
 

@@ -1,0 +1,191 @@
+"""Keep fewer activations for backward and compute them again, so that a training step fits into a budget.
+
+    h = linear(x, w)     =>    the same, of which autograd keeps x alone, and before y's backward:
+    a = gelu(h)                h = linear(x, w)
+    y = linear(a, v)           a = gelu(h)
+
+Fires on   whatever autograd keeps of a training step and can be had again: results of pure calls, masks of
+           dropouts (their random state is kept), batch norms (whose statistics move once), attention.
+Saves      activation memory, down to the budget; costs the time of what is computed again, least first:
+           element-wise calls and norms before products.
+Exact      bit for bit where the kernels are deterministic: the same calls on the same numbers.
+Source     Griewank & Walther 2000, "Algorithm 799: revolve"; Chen et al. 2016, "Training deep nets with
+           sublinear memory cost", arXiv:1604.06174; the plan: passes/_checkpoint_plan.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fxaccel.errors import OptionError
+from fxaccel.ir import Program, tensors
+from fxaccel.passes._checkpoint_plan import Planner
+from fxaccel.profile import Profile, profile
+from fxaccel.replay import Draft, Replayed, replay, write
+from fxaccel.roofline import roofline
+from fxaccel.rule import Pass, register
+from fxaccel.schedule import Schedule
+
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+STATES = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
+"""Tensors that an optimizer keeps for each parameter, of its size."""
+
+
+FORWARDS = 3  # forwards that a step without recomputation takes: backward is two
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What autograd keeps of a step, and what that costs.
+
+    need, peak    bytes of the step at its peak, as it was and as planned: parameters, gradients, the
+                  optimizer's state and activations
+    activations   (as it was, as planned) of these without parameters, their gradients and that state
+    overhead      seconds that are computed again, as a share of forward and backward
+    flops         that are computed again
+    let_go        call -> bytes that are not kept of what it makes
+    """
+
+    schedule: Schedule
+    need: int
+    peak: int
+    activations: tuple[int, int]
+    overhead: float
+    flops: int
+    let_go: dict[str, int]
+
+    def __str__(self) -> str:
+        if not self.schedule.dropped:
+            return f"everything is kept: the step takes {said(self.need)} at its peak"
+        before, after = self.activations
+        return (
+            f"{said(self.peak)} at the peak of the step instead of {said(self.need)}, activations "
+            f"{said(after)} instead of {said(before)}: {len(self.let_go)} calls are not kept, computing them "
+            f"again takes {100 * self.overhead:.1f} % of the step's time"
+        )
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One training step of a program, and what there is to plan with.
+
+    fixed    bytes of parameters and of the optimizer's state
+    """
+
+    profile: Profile
+    seconds: dict[int, float]
+    fixed: int
+
+    @classmethod
+    def of(cls, program: Program, optimizer: str) -> TrainingStep:
+        """Of the step at the sizes that the program was captured with."""
+        found = profile(program)
+        weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
+        first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
+        seconds = roofline(first.device, first.dtype).seconds(found)
+        return cls(found, seconds, found.state * (1 + STATES[optimizer]))
+
+    @cached_property
+    def whole(self) -> Replayed:
+        """What it costs to keep everything."""
+        return replay(self.profile, Draft(), self.seconds)
+
+    def planner(self, share: bool) -> Planner:
+        """Plans for a peak, or where a share is asked for, for the peak of activations alone."""
+        return Planner(self.profile.without_gradients() if share else self.profile, self.seconds)
+
+    def planned(self, draft: Draft) -> Plan:
+        """A draft with what it costs."""
+        cost, let_go = replay(self.profile, draft, self.seconds), dict[str, int]()
+        for number in sorted(draft.dropped):
+            value = self.profile.values[number]
+            if value.needed:
+                call = self.profile.calls[value.made].name
+                let_go[call] = let_go.get(call, 0) + value.nbytes
+        return Plan(
+            write(self.profile, draft), self.fixed + self.whole.peak, self.fixed + cost.peak,
+            (self.whole.inner, cost.inner), cost.seconds / (FORWARDS * sum(self.seconds.values()) or 1.0),
+            cost.flops, let_go,
+        )  # fmt: skip
+
+
+def said(nbytes: float) -> str:
+    """Bytes with a binary unit."""
+    unit = min(int(math.log2(max(nbytes, 1)) // 10), 3)
+    return f"{nbytes / 2 ** (10 * unit):.{2 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+def read(budget: str | float) -> tuple[float, bool]:
+    """The number of a budget, and whether it is one of bytes; OptionError where it is neither."""
+    form = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", str(budget))
+    if form is None or form[2] not in UNITS or (not form[2] and not 0 < float(form[1]) <= 1):
+        raise OptionError(
+            f"budget is {budget!r}, expected bytes or a share of the activation memory from 0 to 1",
+            'as budget="6GiB" or budget="0.4"',
+        )
+    return float(form[1]) * UNITS[form[2]], bool(form[2])
+
+
+@register
+class Checkpoint(Pass):
+    """Activations are kept or computed again so that a training step fits into a budget of memory.
+
+    budget         "6GiB", the peak of the whole step: parameters, their gradients, the optimizer's state and
+                   activations; or "0.4", the share of the activation memory of the step as it is (its peak
+                   without those others)
+    max_overhead   in the place of a budget: the most to compute again, as a share of the time of forward and
+                   backward; the smallest peak that it buys is taken
+    optimizer      whose state counts: none, sgd, momentum, adam, adamw
+    """
+
+    name = "checkpoint"
+    step = "schedule"
+    numerics = "bitwise"
+    serves = ("training",)
+
+    budget: str | float | None = None
+    max_overhead: float | None = None
+    optimizer: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in STATES:
+            raise OptionError(f"optimizer is {self.optimizer!r}, expected one of {', '.join(STATES)}")
+        if (self.budget is None) == (self.max_overhead is None):
+            raise OptionError("checkpoint takes a budget or max_overhead, one of the two", 'as budget="6GiB"')
+        if self.budget is not None:
+            read(self.budget)
+        elif not isinstance(self.max_overhead, (int, float)) or not 0 <= self.max_overhead < math.inf:
+            raise OptionError(f"max_overhead is {self.max_overhead!r}, expected a share from 0, as 0.1")
+
+    def plan(self, program: Program) -> Plan:
+        step = TrainingStep.of(program, self.optimizer)
+        if self.budget is None:
+            most = float(self.max_overhead or 0.0) * FORWARDS * sum(step.seconds.values())
+            return step.planned(step.planner(share=False).within(most))
+        amount, bytes_asked = read(self.budget)
+        planner = step.planner(share=not bytes_asked)
+        limit = amount - step.fixed if bytes_asked else amount * step.whole.inner
+        found = planner.plan(int(limit))
+        if found is None:
+            least = planner.smallest()
+            smallest = said(step.fixed + least) if bytes_asked else f"{least / step.whole.inner:.3f}"
+            raise OptionError(
+                f"the budget of {self.budget} cannot be kept, the smallest that can is {smallest}",
+                "a smaller batch or a shorter sequence takes less",
+            )
+        return step.planned(found)
+
+    def apply(self, program: Program, plan: Plan, driver: Any) -> None:
+        if not plan.schedule.dropped:
+            driver.refused(program.graph.output_node(), str(plan))
+            return
+        program.schedule = plan.schedule
+        nodes = {n.name: n for n in program.graph.nodes}
+        for call, nbytes in plan.let_go.items():
+            driver.applied(nodes[call], f"{said(nbytes)} are computed again in backward")
