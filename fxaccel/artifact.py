@@ -27,7 +27,7 @@ from fxaccel import decode, encode
 from fxaccel.errors import ArtifactError
 from fxaccel.module import AcceleratedModule
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(module: AcceleratedModule, path: str | os.PathLike[str]) -> None:

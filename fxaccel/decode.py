@@ -29,6 +29,7 @@ from fxaccel.module import AcceleratedModule, wrap
 from fxaccel.pieces import Pieces
 from fxaccel.proof import Claim, Fragment, Manifest, Proof
 from fxaccel.report import Report
+from fxaccel.schedule import Again, Schedule
 from fxaccel.session import Capture, Session, Settings
 from fxaccel.structure import Given, Kept, Opened, Structure
 
@@ -116,6 +117,7 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
         sizes={_name(k): (int(i), int(d)) for k, (i, d) in data["sizes"].items()}, guards=guards,
         hints=dict(data["hints"]), contiguous=frozenset(data["contiguous"]),
         training=data["training"], grad=data["grad"], notes=list(data["notes"]),
+        schedule=_load_schedule(data["schedule"], {n.name for n in root.graph.nodes}),
     )  # fmt: skip
     placeholders = {n.name for n in root.graph.find_nodes(op="placeholder")}
     if placeholders != {*program.state, *(n for n in program.inputs if n is not None)}:
@@ -136,6 +138,20 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
         manifest.sites[p["key"]] = int(entry["sites"])
     report = Report.from_json(json.dumps(data["report"])).captures[0]
     return Capture(program, program, program, manifest, report, emit(program))
+
+
+def _load_schedule(data: dict[str, Any] | None, nodes: set[str]) -> Schedule | None:
+    if data is None:
+        return None
+    again = [
+        Again(one["before"], tuple(one["nodes"]), tuple((value, until) for value, until in one["held"]))
+        for one in data["again"]
+    ]
+    schedule = Schedule(tuple(data["dropped"]), tuple(again))
+    held = {value for one in again for value, _ in one.held}
+    if not nodes.issuperset(schedule.nodes()) or not held.issubset(schedule.dropped):
+        raise ValueError("the schedule is not of this graph")
+    return schedule
 
 
 def _load_graph(data: dict[str, Any]) -> fx.GraphModule:

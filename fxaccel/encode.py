@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def _capture(one: Capture, key: Any, prefix: str, tensors: dict[str, Tensor]) ->
         "training": program.training,
         "grad": program.grad,
         "notes": program.notes,
+        "schedule": None if program.schedule is None else asdict(program.schedule),
         "report": json.loads(Report([one.report]).to_json()),
         "proofs": [
             {

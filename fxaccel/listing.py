@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxaccel.ir import Program, SizeSpec, expr, is_call, is_tensor, path, source, target_name
+from fxaccel.schedule import HIDDEN
 
 _DTYPES: dict[Any, str] = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -137,5 +138,11 @@ def _line(program: Program, namer: Namer, node: fx.Node) -> Line:
         results=() if node.op == "output" else _results(node),
         op=op, args=args, type=namer.type(node.meta.get("val")), path=path(node),
         source=source(node), by=node.meta.get("by", ""),
-        regions=" ".join(map(str, node.meta.get("regions", ()))),
+        regions=" ".join([*map(str, node.meta.get("regions", ())), *_kept(program, node)]),
     )  # fmt: skip
+
+
+def _kept(program: Program, node: fx.Node) -> list[str]:
+    """What a schedule says of the results of a node: they are not kept for backward."""
+    dropped = () if program.schedule is None else program.schedule.dropped
+    return ["not kept"] if not {*_results(node), node.name + HIDDEN}.isdisjoint(dropped) else []

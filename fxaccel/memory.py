@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +21,12 @@ class Meter(TorchDispatchMode):
 
     live, peak   bytes now, and at most since `reset`
 
+    fakes        whether fake tensors count, which take nothing in truth
+
     What a kernel takes for itself while it runs is not seen, nor is what was there before.
     """
+
+    fakes = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -46,7 +51,7 @@ class Meter(TorchDispatchMode):
         """From now on its storage takes this many bytes, unless it is counted already."""
         storage = tensor.untyped_storage()
         at = storage._cdata
-        if at not in self.known:
+        if at not in self.known and (self.fakes or not isinstance(tensor, FakeTensor)):
             self.known[at] = size
             self.live += size
             self.peak = max(self.peak, self.live)

@@ -174,6 +174,8 @@ class _Emitter(scheduled.Emitter):
         self.start = watch
 
     def after(self, node: fx.Node) -> list[str]:
+        if not node.users:
+            return []  # its result has no name
         return [f"{self.run}.made({self.index[node.name]}, {self.names[node]})"]
 
     def lowered(self, node: fx.Node) -> Any:
@@ -184,6 +186,8 @@ class _Emitter(scheduled.Emitter):
 
 class _Meter(Meter):
     """A meter that tells the bytes of values and of parameters' gradients from all others."""
+
+    fakes = True
 
     def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         super().__init__()

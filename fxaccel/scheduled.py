@@ -101,10 +101,12 @@ class Emitter(emit.Emitter):
     def after(self, node: fx.Node) -> Iterable[str]:
         """What autograd is not to keep of the call."""
         name = self.names[node]
-        read = "".join(f"{self.names[n]}, " for n in _tensor_inputs(node))
+        if not node.users:
+            return  # the result has no name, and no gradient
         if node in self.noted:
-            yield f"{self.run}.note({read.removesuffix(', ')})"
+            yield f"{self.run}.note({', '.join(self.names[n] for n in _tensor_inputs(node))})"
         if node.name + HIDDEN in self.slot:
+            read = "".join(f"{self.names[n]}, " for n in node.all_input_nodes)
             made = f"[{name}[i] for i in {_read(node)}]" if _read(node) is not None else name
             yield f"{self.run}.hide({self.slot[node.name + HIDDEN]}, ({read}), {made})"
         results = [(u, f"{name}[{u.args[1]}]") for u in node.users if u.target is operator.getitem]

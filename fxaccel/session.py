@@ -50,6 +50,12 @@ class Settings:
         cls, passes: Iterable[Any] | None, *, expect: Mapping[str, int] | None, **options: Any
     ) -> Settings:
         found = manager.order(resolve(passes))
+        last = next((p for p in found if p.step == "schedule"), None)
+        if last is not None and options.get("backend") == "inductor":
+            raise OptionError(
+                f"pass {last.name!r} says when values are computed again, and so does backend='inductor'",
+                "leave one of them out",
+            )
         names = [p.name for p in found]
         for name in expect or {}:
             if name not in names:

@@ -144,7 +144,7 @@ def droppable(profile: Profile) -> set[int]:
 
 
 def cuts(profile: Profile) -> list[int]:
-    """Calls before which the graph is cut, each where the fewest bytes cross, LEAST to MOST after the last."""
+    """Calls before which the graph is cut: where the fewest bytes cross, LEAST to MOST after the last."""
     order = [c for c, call in profile.calls.items() if not call.view]
     place = {call: i for i, call in enumerate(order)}
     width = [0] * (len(order) + 1)
@@ -219,8 +219,8 @@ def _base(part: Part) -> int:
 def _signature(part: Part) -> object:
     base = _base(part)
     calls = tuple(
-        (tuple(c.makes), c.hides, tuple(c.reads), c.takes, c.rest and c.rest - base, c.surge - c.rest, c.again,
-         part.seconds[i])
+        (tuple(c.makes), c.hides, tuple(c.reads), c.takes, c.rest and c.rest - base, c.surge - c.rest,
+         c.again, part.seconds[i])
         for i, c in part.profile.calls.items()
     )  # fmt: skip
     values = tuple((v.nbytes, v.made, v.read, tuple(v.needed), v.shown) for v in part.profile.values)
