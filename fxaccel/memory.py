@@ -16,20 +16,13 @@ def key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class Meter(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make inside, as long as they live.
+class Ledger:
+    """Bytes of storages, from when they are counted to when they are freed.
 
     live, peak   bytes now, and at most since `reset`
-
-    fakes        whether fake tensors count, which take nothing in truth
-
-    What a kernel takes for itself while it runs is not seen, nor is what was there before.
     """
 
-    fakes = False
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.peak = 0, 0
         self.known: dict[int, int] = {}
 
@@ -37,7 +30,8 @@ class Meter(TorchDispatchMode):
         """Start the peak anew."""
         self.peak = self.live
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operator, whose storages count if they are none of the arguments'."""
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self.count(tensor, 0)  # it was there before, or is counted
@@ -51,7 +45,7 @@ class Meter(TorchDispatchMode):
         """From now on its storage takes this many bytes, unless it is counted already."""
         storage = tensor.untyped_storage()
         at = storage._cdata
-        if at not in self.known and (self.fakes or not isinstance(tensor, FakeTensor)):
+        if at not in self.known:
             self.known[at] = size
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -60,3 +54,21 @@ class Meter(TorchDispatchMode):
     def freed(self, at: int) -> None:
         """A storage is no more."""
         self.live -= self.known.pop(at)
+
+
+class Meter(Ledger, TorchDispatchMode):
+    """Counts the bytes of the storages that operators make inside, as long as they live.
+
+    What a kernel takes for itself while it runs is not seen, nor is what was there before.
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        Ledger.__init__(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.call(func, args, kwargs)
+
+    def count(self, tensor: Tensor, size: int) -> None:
+        if not isinstance(tensor, FakeTensor):  # they take nothing: a capture runs inside
+            super().count(tensor, size)

@@ -24,7 +24,7 @@ from fxaccel.cost import node_flops, parameter_bytes
 from fxaccel.effects import has_effect, is_random, mutated_arguments, written
 from fxaccel.errors import RuleError
 from fxaccel.ir import Program, number, tensors
-from fxaccel.memory import Meter, key
+from fxaccel.memory import Ledger, key
 from fxaccel.recompute import Run, Timetable
 from fxaccel.schedule import HIDDEN, Schedule
 
@@ -115,23 +115,21 @@ def profile(program: Program) -> Profile:
 
     Raises RuleError where the graph cannot be run without data.
     """
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    watch = _Watch(program)
+    fakes = _Fakes(watch.meter)
     with fakes:
         given = {n: _fake(n, program) for n in program.graph.find_nodes(op="placeholder")}
-    watch = _Watch(program, list(given.values()))
-    emitter = _Emitter(program, watch)
-    code = emitter.code()
+    code = _Emitter(program, watch).code()
     constants = {k: fakes.from_tensor(v) if isinstance(v, Tensor) else v for k, v in code.constants.items()}
-    for tensor in constants.values():
-        if isinstance(tensor, Tensor):
-            watch.free.add(key(tensor))
+    watch.free = {key(t) for t in [*given.values(), *constants.values()] if isinstance(t, Tensor)}
+    watch.meter.live = watch.meter.rest = 0
     state = {slot.name: given[n] for n in given if (slot := program.state.get(n.name)) is not None}
     for tensor in state.values():
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(watch.accumulated)
     functions = replace(code, constants=constants).bind(_Tree(state), "<fxaccel profile>")  # type: ignore[arg-type]
     inputs = [given[program.placeholder(n)] for n in program.inputs if n is not None]
-    with fakes, watch.meter, torch.enable_grad():
+    with fakes, torch.enable_grad():
         try:
             outputs = functions["forward"](*inputs)
         except Exception as error:  # whatever an operator raises that asks for data
@@ -184,10 +182,28 @@ class _Emitter(scheduled.Emitter):
         return super().lowered(node) if device == "cpu" else None
 
 
-class _Meter(Meter):
-    """A meter that tells the bytes of values and of parameters' gradients from all others."""
+class _Fakes(FakeTensorMode):
+    """Fake tensors whose bytes go into a ledger, those of the operators that the step calls."""
 
-    fakes = True
+    def __init__(self, ledger: _Ledger) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.ledger, self.inner = ledger, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inner or func.namespace == "prim":  # a part of an operator, or a question to a tensor
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # without data: a kernel that looks for a rare case does not find it
+        self.inner = True
+        try:
+            run = super().__torch_dispatch__
+            return self.ledger.call(lambda *a, **k: run(func, types, a, k), args, kwargs)
+        finally:
+            self.inner = False
+
+
+class _Ledger(Ledger):
+    """A ledger that tells the bytes of values and of parameters' gradients from all others."""
 
     def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         super().__init__()
@@ -195,11 +211,9 @@ class _Meter(Meter):
         self.values: set[int] = set()
         self.rest = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # without data: a kernel that looks for a rare case does not find it
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.before()
-        made = super().__torch_dispatch__(func, types, args, kwargs)
+        made = super().call(func, args, kwargs)
         self.after()
         return made
 
@@ -225,11 +239,11 @@ class _Meter(Meter):
 class _Watch(Run):
     """A run that keeps everything and notes what becomes of it. Called, it is its own run."""
 
-    def __init__(self, program: Program, given: Sequence[Tensor]) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__(Timetable({}, ()))
-        self.program, self.meter = program, _Meter(self.enter, self.spent)
+        self.program, self.meter = program, _Ledger(self.enter, self.spent)
         self.nodes = list(program.graph.nodes)
-        self.free = {key(t) for t in given}
+        self.free: set[int] = set()
         self.number: dict[int, int] = {}  # storage -> value
         self.values: list[Value] = []
         self.calls: dict[int, Call] = {}

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import networkx as nx
+import torch
+from torch import Tensor
 
 from fxaccel.profile import Profile
 from fxaccel.replay import Draft, lazily, replay, results
@@ -72,10 +74,15 @@ class Part:
     options: list[Option] = field(default_factory=list)
     forward: float = 0.0
 
-    @property
+    @cached_property
     def boundary(self) -> int:
         """Bytes of what later parts read."""
         return sum(self.profile.values[v].nbytes for v in self.crossing)
+
+    @property
+    def bare(self) -> Option:
+        """The option that keeps nothing."""
+        return min(self.options, key=lambda o: (o.nbytes, o.peak))
 
 
 class Planner:
@@ -98,10 +105,10 @@ class Planner:
             return Draft()
         aim = budget
         for _ in range(TRIES):
-            end = way(self.parts, aim)
-            if end is None:
+            moves = way(self.parts, aim)
+            if moves is None:
                 return None
-            found = draft(self.profile, self.parts, end)
+            found = draft(self.profile, self.parts, moves)
             over = replay(self.profile, found, self.seconds).peak - budget
             if over <= 0:
                 return found
@@ -310,79 +317,112 @@ def _closure(part: Part, wanted: frozenset[int], kept: frozenset[int]) -> set[in
 
 
 @dataclass(frozen=True)
-class _State:
-    """A way up to a cut: bytes kept so far, seconds computed again, and how it came here."""
+class Move:
+    """From one cut to a later one.
 
+    start, end    the parts between them
+    option        what the part keeps, where it is one; None for a run, which keeps its beginning alone
+    room          the most bytes that may be kept before it
+    nbytes        that it keeps in the end
+    seconds       what computing the others again takes
+    """
+
+    start: int
+    end: int
+    option: Option | None
+    room: int
     nbytes: int
     seconds: float
-    before: _State | None = None
-    option: Option | None = None  # of the last part, None for a run
-    length: int = 1
 
 
-def way(made: Sequence[Part], budget: int) -> _State | None:
+def way(made: Sequence[Part], budget: int) -> list[Move] | None:
     """The least to compute again with a peak of at most `budget`, by the frontiers of the parts."""
     shown = [sum(v.nbytes for v in p.profile.values if v.shown) for p in made]
     rooms = [budget - sum(shown) + own for own in shown]
-    states: list[list[_State]] = [[] for _ in range(len(made) + 1)]
-    states[0] = [_State(0, 0.0)]
-    for i, part in enumerate(made):
-        here = states[i] = _thinned(states[i])
-        for option in part.options:
-            more = option.nbytes + part.boundary
-            states[i + 1] += [
-                _State(s.nbytes + more, s.seconds + option.seconds, s, option)
-                for s in here if s.nbytes + option.peak <= rooms[i]
-            ]  # fmt: skip
-        for end, need, seconds in _runs(made, i, rooms):
-            more = made[end].boundary
-            states[end + 1] += [
-                _State(s.nbytes + more, s.seconds + seconds, s, None, end + 1 - i)
-                for s in here
-                if s.nbytes <= need
-            ]
-    return min(states[-1], key=lambda s: s.seconds, default=None)
+    fronts = [_Front() for _ in range(len(made) + 1)]
+    fronts[0].add(
+        torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), torch.zeros(1), None
+    )
+    for start in range(len(made)):
+        front = fronts[start].thinned()
+        for move in _moves(made, start, rooms):
+            fits = (front.nbytes <= move.room).nonzero()[:, 0]
+            if len(fits):
+                more = front.nbytes[fits] + move.nbytes, front.seconds[fits] + move.seconds
+                fronts[move.end].add(*more, fits, move)
+    last = fronts[-1].thinned()
+    if not len(last.nbytes):
+        return None
+    moves, at, cut = list[Move](), len(last.nbytes) - 1, len(made)  # the last keeps most and takes least
+    while cut:
+        move, at = fronts[cut].before(at)
+        moves.append(move)
+        cut = move.start
+    return moves[::-1]
 
 
-def _runs(made: Sequence[Part], start: int, rooms: Sequence[int]) -> Iterator[tuple[int, int, float]]:
-    """Runs from a part on: the last part, the room that must be left before, and the seconds it takes."""
-    inner, need, seconds = 0, rooms[start], 0.0
+class _Front:
+    """The ways up to a cut of which none keeps fewer bytes in less time: kept bytes rise, seconds fall."""
+
+    def __init__(self) -> None:
+        self.arrived: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.moves: list[Move | None] = []
+        self.nbytes = self.seconds = self.origin = self.move = torch.empty(0)
+
+    def add(self, nbytes: Tensor, seconds: Tensor, origin: Tensor, move: Move | None) -> None:
+        """Ways by one move, from the ways of these numbers at its beginning."""
+        self.arrived.append((nbytes, seconds, origin))
+        self.moves.append(move)
+
+    def thinned(self) -> _Front:
+        """Itself, with those ways alone, evenly thinned to STATES."""
+        if not self.arrived:
+            return self
+        nbytes, seconds, origin = (torch.cat([one[i] for one in self.arrived]) for i in range(3))
+        move = torch.repeat_interleave(torch.tensor([len(one[0]) for one in self.arrived]))
+        order = seconds.argsort(stable=True)
+        order = order[nbytes[order].argsort(stable=True)]
+        least = seconds[order].cummin(0).values
+        best = order[torch.cat([torch.ones(1, dtype=torch.bool), seconds[order][1:] < least[:-1]])]
+        if len(best) > STATES:
+            best = best[torch.linspace(0, len(best) - 1, STATES).round().long()]
+        self.nbytes, self.seconds, self.origin, self.move = (t[best] for t in (nbytes, seconds, origin, move))
+        return self
+
+    def before(self, at: int) -> tuple[Move, int]:
+        """The move by which a way has come, and its number where it came from."""
+        move = self.moves[int(self.move[at])]
+        assert move is not None, "the first cut has no move"
+        return move, int(self.origin[at])
+
+
+def _moves(made: Sequence[Part], start: int, rooms: Sequence[int]) -> Iterator[Move]:
+    """All moves from a cut."""
+    for option in made[start].options:
+        kept = option.nbytes + made[start].boundary
+        yield Move(start, start + 1, option, rooms[start] - option.peak, kept, option.seconds)
+    inner, room, seconds = 0, rooms[start], 0.0
     for end in range(start, min(len(made), start + RUNS)):
-        bare = min(made[end].options, key=lambda o: (o.peak, o.nbytes))
-        if bare.kept:
-            bare = next(o for o in made[end].options if not o.kept)
-        need = min(need, rooms[end] - inner - bare.peak)
+        bare = made[end].bare
+        room = min(room, rooms[end] - inner - bare.peak)
         seconds += bare.seconds
-        if end > start:
-            yield end, need, seconds
-        if need < 0:
+        if room < 0:
             return
+        if end > start:
+            yield Move(start, end + 1, None, room, made[end].boundary, seconds)
         inner += made[end].boundary
         seconds += made[end].forward
 
 
-def _thinned(states: list[_State]) -> list[_State]:
-    """States of which none has another with fewer bytes and seconds, evenly thinned to STATES."""
-    best: list[_State] = []
-    for s in sorted(states, key=lambda s: (s.nbytes, s.seconds)):
-        if not best or s.seconds < best[-1].seconds:
-            best.append(s)
-    if len(best) <= STATES:
-        return best
-    return [best[round(i * (len(best) - 1) / (STATES - 1))] for i in range(STATES)]
-
-
-def draft(profile: Profile, made: Sequence[Part], end: _State) -> Draft:
+def draft(profile: Profile, made: Sequence[Part], moves: Sequence[Move]) -> Draft:
     """The draft that a way stands for."""
     kept, posts = set[int](), set[int]()
-    at, state = len(made), end
-    while state.before is not None:
-        first = at - state.length
-        for part in made[first : at - 1]:
+    for move in moves:
+        *inner, last = made[move.start : move.end]
+        for part in inner:
             posts.update(part.values[v] for v in part.crossing)
-        kept.update(made[at - 1].values[v] for v in made[at - 1].crossing)
-        if state.option is not None:
-            kept.update(made[first].values[v] for v in state.option.kept)
-        at, state = first, state.before
+        kept.update(last.values[v] for v in last.crossing)
+        if move.option is not None:
+            kept.update(last.values[v] for v in move.option.kept)
     place = {c: i for i, part in enumerate(made) for c in part.calls}
     return lazily(profile, droppable(profile) - kept, place, posts)
