@@ -90,7 +90,9 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     except (OSError, ValueError):  # not there, or not whole: measured anew
         return {}
     sound = isinstance(found, dict) and all(
-        isinstance(v, dict) and set(v) == {"rate", "bandwidth"} and all(float(n) > 0 for n in v.values())
+        isinstance(v, dict)
+        and set(v) == {"rate", "bandwidth"}
+        and all(isinstance(n, (int, float)) and n > 0 for n in v.values())
         for v in found.values()
     )
     return found if sound else {}
