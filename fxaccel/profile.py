@@ -171,10 +171,13 @@ class _Emitter(scheduled.Emitter):
         super().__init__(replace(program, schedule=Schedule(), _facts=program._facts))
         self.start = watch
 
+    def statement(self, node: fx.Node, last_use: dict[fx.Node, list[fx.Node]]) -> str:
+        text = super().statement(node, last_use)
+        return text if node.users else f"{self.names[node]} = {text}"  # what it saves counts, too
+
     def after(self, node: fx.Node) -> list[str]:
-        if not node.users:
-            return []  # its result has no name
-        return [f"{self.run}.made({self.index[node.name]}, {self.names[node]})"]
+        made = f"{self.run}.made({self.index[node.name]}, {self.names[node]})"
+        return [made] if node.users else [made, f"del {self.names[node]}"]
 
     def lowered(self, node: fx.Node) -> Any:
         """On a GPU the operator itself: its peers are told apart by measurement, which takes data."""
@@ -240,7 +243,7 @@ class _Watch(Run):
     """A run that keeps everything and notes what becomes of it. Called, it is its own run."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(Timetable({}, ()))
+        super().__init__(Timetable({}, {}, ()))
         self.program, self.meter = program, _Ledger(self.enter, self.spent)
         self.nodes = list(program.graph.nodes)
         self.free: set[int] = set()

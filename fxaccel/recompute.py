@@ -6,9 +6,11 @@ autograd saves passes through `pack`, which keeps the tensor, or a note of which
 tells them apart, so views need no bookkeeping. In backward `unpack` returns it, and runs the function that
 computes it again where it is not there.
 
-What is kept for such a function hangs on the notes of its step: it lives as long as autograd holds them, as
-every saved tensor does, and with `retain_graph=True` a second backward finds it there. What was computed
-again is let go by the timetable, when backward has come past its last reader.
+A value that is computed again has a slot, which all who may read it hold: notes that autograd holds, as it
+holds saved tensors, and recipes of other values. The slot knows the recipe of its value, and that what it is
+computed from. So all of it lives until the last reader is gone, whichever results backward begins at, and
+with `retain_graph=True` a second backward finds it there. The value itself is let go earlier, by the
+timetable, when backward has come past its last reader, and can be computed once more.
 """
 
 from __future__ import annotations
@@ -27,27 +29,67 @@ from torch.utils import _pytree as pytree
 from fxaccel.memory import key
 
 Function = Callable[..., None]
-"""(run, *given): computes values again and puts them into `run.slots`."""
+"""(run, *given): computes values again and fills slots with them."""
 
 
 class Timetable(NamedTuple):
     """When values that are computed again come and go; steps are counted along the forward graph.
 
-    fills    slot -> the steps before whose backward it is computed, the latest first
+    fills    step -> the slots that are filled before its backward
+    takes    step -> the slots that are read to fill them
     frees    (step, slot): once backward is before `step`, the slot is empty; in the order of backward
     """
 
     fills: Mapping[int, Sequence[int]]
+    takes: Mapping[int, Sequence[int]]
     frees: Sequence[tuple[int, int]]
 
 
+class Slot:
+    """Holds a value that is computed again, or what computes it; whoever may read it holds the slot."""
+
+    __slots__ = ("__weakref__", "recipes", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.recipes: list[Recipe] = []
+
+
+class Recipe:
+    """What is computed before the backward of a call.
+
+    needs    slots that it reads;  fills: those that it fills, as long as someone may read them
+    """
+
+    __slots__ = ("fills", "function", "given", "index", "needs", "versions")
+
+    def __init__(self, index: int, function: Function, given: tuple[Any, ...], needs: list[Slot],
+                 fills: list[weakref.ref[Slot]]) -> None:  # fmt: skip
+        self.index, self.function, self.needs, self.fills = index, function, needs, fills
+        # without their graph, which leads to who holds this
+        self.given = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
+        self.versions = [_version(t) for t in given]
+
+    def forget(self) -> None:
+        """All that it fills is there."""
+        for ref in self.fills:
+            slot = ref()
+            if slot is not None:
+                slot.recipes.remove(self)
+
+
 class Step:
-    """A call of the graph, with what its backward computes first."""
+    """A call of the graph, with what its backward computes first; lives as long as autograd holds it."""
 
-    __slots__ = ("__weakref__", "function", "given", "index")
+    __slots__ = ("index", "recipe")
 
-    def __init__(self, index: int, function: Function | None = None, given: tuple[Any, ...] = ()) -> None:
-        self.index, self.function, self.given = index, function, given
+    def __init__(self, index: int, recipe: Recipe | None = None) -> None:
+        self.index, self.recipe = index, recipe
+
+    def __del__(self) -> None:
+        one = self.recipe
+        if one is not None and all((s := ref()) is None or s.value is not None for ref in one.fills):
+            one.forget()
 
 
 class Saved:
@@ -57,13 +99,15 @@ class Saved:
     """
 
     __slots__ = ("layout", "part", "slot", "step", "tensor", "version")
+    slot: Slot | None
 
     def __init__(self, step: Step, tensor: Tensor) -> None:
-        self.step, self.tensor, self.version = step, tensor, tensor._version
-        self.slot, self.part = -1, 0
+        # detached: what autograd saves of a call's own result leads to the call, which leads here
+        self.step, self.tensor, self.version = step, tensor.detach(), tensor._version
+        self.slot, self.part = None, 0
         self.layout: Any = None
 
-    def let_go(self, slot: int, part: int = 0) -> None:
+    def let_go(self, slot: Slot, part: int = 0) -> None:
         """Keep a note in the place of the tensor."""
         t = self.tensor
         self.slot, self.part = slot, part
@@ -76,12 +120,12 @@ class Run:
 
     def __init__(self, table: Timetable) -> None:
         self.table = table
-        self.slots: dict[int, Any] = {}
+        self.slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
         self.place, self.freed = -1, 0  # where backward is, and how many of table.frees have been done
-        self.steps: dict[int, weakref.ref[Step]] = {}
         self.step = Step(-1)
+        self.opened: list[Slot] = []
         self.fresh: list[Saved] = []  # of the present step, not told yet from its arguments and results
-        self.known: dict[int, int] = {}  # storages of dropped values
+        self.known: dict[int, Slot] = {}  # storages of dropped values
         self.watched: list[StorageWeakRef] = []  # so that no new storage takes the place of one of them
         self.learning: dict[int, list[bool]] = {}
         self.autocast = ambient()
@@ -92,33 +136,54 @@ class Run:
 
     def __exit__(self, *exc: Any) -> None:
         self.hooks.__exit__(*exc)
-        self.fresh, self.watched, self.known = [], [], {}
+        self.fresh, self.watched, self.known, self.opened = [], [], {}, []
         del self.hooks, self.step
 
     # -- forward ----------------------------------------------------------------------------------
 
     def at(self, index: int, function: Function | None = None, *given: Any) -> None:
         """The call that comes next, and what is computed before its backward."""
-        self.step = Step(index, function, given)
-        self.fresh.clear()
+        recipe = None
         if function is not None:
-            self.steps[index] = weakref.ref(self.step)
+            needs = [self.slot(n) for n in self.table.takes[index]]
+            slots = [self.slot(n) for n in self.table.fills[index]]
+            recipe = Recipe(index, function, given, needs, [weakref.ref(s) for s in slots])
+            for slot in slots:
+                slot.recipes.append(recipe)
+            self.opened = slots  # until the call has saved what it reads of them
+        self.step = Step(index, recipe)
+        self.fresh.clear()
 
-    def drop(self, slot: int, value: Tensor) -> None:
-        """Keep nothing of this result of the present call; `slot` will hold it when it is made again."""
+    def slot(self, number: int) -> Slot:
+        """The slot of this number."""
+        slot = self.slots.get(number)
+        if slot is None:
+            slot = self.slots[number] = Slot()
+        return slot
+
+    def fill(self, number: int, value: Any) -> None:
+        """Keep what has been computed again, where someone may read it."""
+        slot = self.slots.get(number)
+        if slot is not None:
+            slot.value = value
+
+    def drop(self, number: int, value: Tensor) -> None:
+        """Keep nothing of this result of the present call; a slot will hold it when it is made again."""
+        slot = self.slot(number)
         storage = value.untyped_storage()
         self.known[storage._cdata] = slot
         self.watched.append(StorageWeakRef(storage))
         for saved in self.fresh:
-            if saved.slot < 0 and key(saved.tensor) == storage._cdata:
+            if saved.slot is None and key(saved.tensor) == storage._cdata:
                 saved.let_go(slot)
 
     def note(self, *given: Any) -> None:
         """Remember which arguments of the present call learn: `rerun` makes it again as it was made."""
         self.learning[self.step.index] = [isinstance(t, Tensor) and t.requires_grad for t in given]
 
-    def hide(self, slot: int, given: tuple[Any, ...], made: Any) -> None:
+    def hide(self, number: int, given: tuple[Any, ...], made: Any) -> None:
         """Keep nothing that the present call saved besides its arguments and results."""
+        slot = self.slot(number)
         for part, saved in enumerate(beside(self.fresh, given, made)):
             saved.let_go(slot, part)
 
@@ -137,7 +202,7 @@ class Run:
     def unpack(self, saved: Saved) -> Tensor:
         """The tensor that `pack` was given, or one that is equal to it."""
         self.arrive(saved.step.index)
-        if saved.slot < 0:
+        if saved.slot is None:
             if saved.tensor._version != saved.version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace "
@@ -145,7 +210,7 @@ class Run:
                     f"{saved.tensor._version}; expected version {saved.version}"
                 )
             return saved.tensor
-        made = self.need(saved.slot, saved.step)
+        made = self.find(saved.slot, saved.step.index)
         made = made[saved.part] if isinstance(made, list) else made
         dtype, size, stride, offset = saved.layout
         if made.dtype is dtype and (made.size(), made.stride(), made.storage_offset()) == saved.layout[1:]:
@@ -159,28 +224,37 @@ class Run:
             self.freed = 0
         self.place, frees = index, self.table.frees
         while self.freed < len(frees) and frees[self.freed][0] > index:
-            self.slots.pop(frees[self.freed][1], None)
+            slot = self.slots.get(frees[self.freed][1])
+            if slot is not None:
+                slot.value = None
             self.freed += 1
 
-    def need(self, slot: int, step: Step | int) -> Any:
-        """What a slot holds, computed now if it is empty: by this step or a later one that has not run."""
-        made = self.slots.get(slot)
-        if made is None:
-            index = step if isinstance(step, int) else step.index
-            steps = [i for i in self.table.fills[slot] if i >= index]
-            found = self.steps[steps[-1]]()
-            if found is None or found.function is None:
+    def need(self, number: int, index: int) -> Any:
+        """What a slot of this number holds, computed now if it is empty, before the backward of a step."""
+        return self.find(self.slots[number], index)
+
+    def find(self, slot: Slot, index: int) -> Any:
+        """What a slot holds, computed now if it is empty, by what comes first before a step."""
+        if slot.value is None:
+            one = min((r for r in slot.recipes if r.index >= index), key=lambda r: r.index, default=None)
+            if one is None:
                 raise RuntimeError(
                     "trying to backward through the graph a second time: what its values are computed from "
                     "was freed; specify retain_graph=True the first time"
                 )
+            for given, version in zip(one.given, one.versions, strict=True):
+                if _version(given) != version:
+                    raise RuntimeError(
+                        "one of the variables needed for gradient computation has been modified by an "
+                        f"inplace operation: {given.dtype} {list(given.shape)} is at version "
+                        f"{given._version}; expected version {version}"
+                    )
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
-                for one in self.autocast:
-                    stack.enter_context(torch.autocast(**one))
-                found.function(self, *found.given)
-            made = self.slots[slot]
-        return made
+                for mode in self.autocast:
+                    stack.enter_context(torch.autocast(**mode))
+                one.function(self, *one.given)
+        return slot.value
 
     def rerun(
         self, index: int, slot: int | None, read: Sequence[int] | None, call: Callable[..., Any], *given: Any
@@ -203,8 +277,13 @@ class Run:
         with torch.enable_grad(), saved_tensors_hooks(pack, _never):
             made = call(*leaves)
         if slot is not None:
-            self.slots[slot] = beside(saved, leaves, made if read is None else [made[i] for i in read])
+            self.fill(slot, beside(saved, leaves, made if read is None else [made[i] for i in read]))
         return pytree.tree_map_only(Tensor, lambda t: t.data, made)
+
+
+def _version(given: Any) -> int:
+    """How often a tensor has been written to."""
+    return given._version if isinstance(given, Tensor) and not given.is_inference() else 0
 
 
 def _never(saved: Any) -> Tensor:
@@ -214,7 +293,7 @@ def _never(saved: Any) -> Tensor:
 def beside(saved: Sequence[Any], given: Any, made: Any) -> list[Any]:
     """Those of the tensors, or `Saved`, that share their storage with no argument or result of the call."""
     shown = {key(t) for t in pytree.tree_leaves((given, made)) if isinstance(t, Tensor)}
-    kept = [s for s in saved if isinstance(s, Tensor) or s.slot < 0]
+    kept = [s for s in saved if isinstance(s, Tensor) or s.slot is None]
     return [s for s in kept if key(s if isinstance(s, Tensor) else s.tensor) not in shown]
 
 

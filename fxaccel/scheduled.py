@@ -3,7 +3,7 @@
     def forward(x):                              def again_7(run, x, w):
         run = Run(table)                             linear = linear(x, w)
         with run:                                    gelu = gelu(linear)
-            run.at(5)                                run.slots[0] = linear; run.slots[1] = gelu
+            run.at(5)                                run.fill(0, linear); run.fill(1, gelu)
             linear = linear(x, fc['weight'])
             run.drop(0, linear)
             run.at(6)
@@ -67,13 +67,12 @@ class Emitter(emit.Emitter):
         ]
 
     def timetable(self) -> Timetable:
-        fills = dict[int, list[int]]()
-        frees = list[tuple[int, int]]()
-        for one in self.schedule.again:
-            for value, until in one.held:
-                fills.setdefault(self.slot[value], []).append(self.index[one.before])
-                frees.append((self.index[until], self.slot[value]))
-        return Timetable(fills, sorted(frees, reverse=True))
+        again = {self.index[node.name]: part for node, part in self.again.items()}
+        fills = {i: [self.slot[value] for value, _ in part.one.held] for i, part in again.items()}
+        takes = {i: [self.slot[n.name] for n in part.taken_up] for i, part in again.items()}
+        held = [one for part in again.values() for one in part.one.held]
+        frees = sorted(((self.index[until], self.slot[value]) for value, until in held), reverse=True)
+        return Timetable(fills, takes, frees)
 
     def regions(self, node: fx.Node) -> tuple[Region, ...]:
         return tuple(
@@ -153,7 +152,7 @@ class Part(emit.Emitter):
             f"def {self.name}({', '.join(words)}):",
             *(f"    {self.names[n]} = {self.run}.need({slot[n.name]}, {at})" for n in self.taken_up),
             *indented(self.block(self.nodes, last_uses(self.nodes, held), 0)),
-            *(f"    {self.run}.slots[{slot[n.name]}] = {self.names[n]}" for n in held),
+            *(f"    {self.run}.fill({slot[n.name]}, {self.names[n]})" for n in held),
         ]
 
     def regions(self, node: fx.Node) -> tuple[Region, ...]:

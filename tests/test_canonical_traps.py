@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxaccel
 from fxaccel.canonical import canonicalize, steps
 from fxaccel.capture import capture
 from fxaccel.evaluate import run
@@ -263,3 +264,10 @@ def test_nothing_compares_with_nan():
     x = torch.tensor([[float("nan"), 1.0, -1.0]] * 3)
     for a, b in zip(run(before, {}, [x]), run(after, {}, [x]), strict=True):
         assert torch.equal(a.nan_to_num(77), b.nan_to_num(77))
+
+
+@pytest.mark.parametrize("name", ["amax", "amin"])
+def test_reductions_over_all_dimensions_name_none(name):
+    x = torch.randn(3, 4)
+    fast = fxaccel.accelerate(Function(lambda x: getattr((x + 1).mT, name)()), [])
+    assert torch.equal(fast(x), getattr(x + 1, name)())

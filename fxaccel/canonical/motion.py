@@ -138,6 +138,8 @@ _REDUCTIONS = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin
 @on(*_REDUCTIONS)
 def reduction_of_permuted(e: Editor, node: fx.Node) -> fx.Node | None:
     """A reduction of a permuted value is one of the value, where the dimensions left are in order."""
+    if len(node.args) < 2:
+        return None  # over all dimensions
     x, dims, *keep = node.args
     if not e.at(x, aten.permute.default) or any(keep) or node.kwargs or not dims:
         return None
