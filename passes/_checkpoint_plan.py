@@ -28,13 +28,14 @@ from torch import Tensor
 from fxaccel.profile import Profile
 from fxaccel.replay import Draft, lazily, replay, results
 
-LEAST, MOST = 8, 20  # calls in a part
-PARTS = 256  # the most parts
-PRICES = 24  # of a byte, from where all is kept to where nothing is
+LEAST = (1, 2, 4, 8, 16)  # calls in a part, from the finest to the coarsest parts
+MOST = 2.5  # times as many at the most
+PARTS = 64  # the most of them
+PRICES = 16  # of a byte, from where all is kept to where nothing is
 FEW = 5  # values between two prices, of which all subsets are tried
 STATES = 300  # kept at a cut while the shortest path is searched
 FINE = 200  # steps of a search for a budget
-TRIES = 8  # with a lower aim, where the parts together take more than each by itself
+NEAR = 50  # steps of a search for what the parts are to aim at
 RUNS = 24  # the longest run of parts that keeps its beginning alone
 
 
@@ -96,24 +97,39 @@ class Planner:
         self.need = replay(profile, Draft(), seconds).peak
 
     @cached_property
-    def parts(self) -> list[Part]:
-        return parts(self.profile, self.seconds)
+    def grains(self) -> list[list[Part]]:
+        """The step in fine and in coarse parts: fine ones take less at once, coarse ones leave a choice."""
+        many = sum(not call.view for call in self.profile.calls.values())
+        fitting = [least for least in LEAST if many <= PARTS * least] or [-(-many // PARTS)]
+        found = (parts(self.profile, self.seconds, least) for least in fitting)
+        return list({tuple(part.calls[0] for part in made): made for made in found}.values())
 
     def plan(self, budget: int) -> Draft | None:
         """The draft of least time whose peak, replayed, is at most `budget` bytes; None if none was found."""
         if self.need <= budget:
             return Draft()
-        aim = budget
-        for _ in range(TRIES):
-            moves = way(self.parts, aim)
-            if moves is None:
-                return None
-            found = draft(self.profile, self.parts, moves)
-            over = replay(self.profile, found, self.seconds).peak - budget
-            if over <= 0:
-                return found
-            aim -= over
-        return None
+        drafts = [d for made in self.grains if (d := self.along(made, budget)) is not None]
+        return min(drafts, key=lambda d: replay(self.profile, d, self.seconds).seconds, default=None)
+
+    def along(self, made: Sequence[Part], budget: int) -> Draft | None:
+        """The same for these parts.
+
+        A part knows of the others no more than what they keep, so that the whole may peak a little higher
+        than they say, or lower: the way is searched with another aim then.
+        """
+        low, high, aim, best = 0, budget * 5 // 4, budget, None
+        while high - low > budget // NEAR:
+            moves = way(made, aim)
+            found = None if moves is None else draft(self.profile, made, moves)
+            over = 0 if found is None else replay(self.profile, found, self.seconds).peak - budget
+            if found is None or over <= 0:
+                low, best = aim, found or best
+                if -over * NEAR <= budget and found is not None:
+                    break
+            else:
+                high = aim
+            aim = aim - over if found is not None and low < aim - over < high else (low + high) // 2
+        return best
 
     def smallest(self) -> int:
         """The smallest budget that a plan was found for, within 1 in FINE of what the step needs."""
@@ -150,8 +166,8 @@ def droppable(profile: Profile) -> set[int]:
 # -- parts -----------------------------------------------------------------------------------------
 
 
-def cuts(profile: Profile) -> list[int]:
-    """Calls before which the graph is cut: where the fewest bytes cross, LEAST to MOST after the last."""
+def cuts(profile: Profile, least: int) -> list[int]:
+    """Calls before which the graph is cut: where the fewest bytes cross, some calls after the last."""
     order = [c for c, call in profile.calls.items() if not call.view]
     place = {call: i for i, call in enumerate(order)}
     width = [0] * (len(order) + 1)
@@ -160,20 +176,19 @@ def cuts(profile: Profile) -> list[int]:
         last = bisect.bisect_right(order, value.read)
         width[max(last, place[value.made] + 1)] -= value.nbytes
     crossing = list(itertools.accumulate(width))
-    least = max(LEAST, len(order) // PARTS)
     at, found = 0, list[int]()
     while len(order) - at > 2 * least:
         at = min(
-            range(at + least, min(at + MOST * least // LEAST, len(order) - least) + 1),
+            range(at + least, min(at + int(MOST * least), len(order) - least) + 1),
             key=crossing.__getitem__,
         )
         found.append(order[at])
     return found
 
 
-def parts(profile: Profile, seconds: Mapping[int, float]) -> list[Part]:
+def parts(profile: Profile, seconds: Mapping[int, float], least: int) -> list[Part]:
     """The step in parts, with the frontier of each; equal parts share theirs."""
-    order, marks = list(profile.calls), cuts(profile)
+    order, marks = list(profile.calls), cuts(profile, least)
     bounds = [0, *(order.index(c) for c in marks), len(order)]
     made: list[Part] = []
     known: dict[object, Part] = {}
