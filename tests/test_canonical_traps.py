@@ -16,6 +16,7 @@ from fxaccel.capture import capture
 from fxaccel.evaluate import run
 from fxaccel.ir import Program
 from fxaccel.listing import lines, listing
+from tests import helpers
 from tests.canonical_checks import check, state_of, text
 from tests.spellings import Function, Written
 
@@ -269,5 +270,5 @@ def test_nothing_compares_with_nan():
 @pytest.mark.parametrize("name", ["amax", "amin"])
 def test_reductions_over_all_dimensions_name_none(name):
     x = torch.randn(3, 4)
-    fast = fxaccel.accelerate(Function(lambda x: getattr((x + 1).mT, name)()), [])
+    fast = fxaccel.accelerate(helpers.Function(lambda x: getattr((x + 1).mT, name)()), [])
     assert torch.equal(fast(x), getattr(x + 1, name)())
