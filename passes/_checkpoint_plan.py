@@ -118,7 +118,7 @@ class Planner:
         than they say, or lower: the way is searched with another aim then.
         """
         low, high, aim, best = 0, budget * 5 // 4, budget, None
-        while high - low > budget // NEAR:
+        while high - low > budget // NEAR + 1:
             moves = way(made, aim)
             found = None if moves is None else draft(self.profile, made, moves)
             over = 0 if found is None else replay(self.profile, found, self.seconds).peak - budget

@@ -299,3 +299,11 @@ def test_inductor_decides_itself():
         OptionError, match="says when values are computed again, and so does backend='inductor'"
     ):
         fxaccel.accelerate(Stack(), ["checkpoint{budget=0.4}"], backend="inductor")
+
+
+def test_a_budget_of_a_few_bytes_is_refused_at_once():
+    model = Stack(layers=1)
+    state = sum(p.numel() * p.element_size() for p in model.parameters())
+    fast = trained(model, [Checkpoint(budget=f"{(state + 40) / 1000}kB")], strict=True)
+    with pytest.raises(OptionError, match="the smallest that can is"):
+        fast(X)
