@@ -15,7 +15,7 @@ from fxaccel.passes import Checkpoint
 from tests.helpers import session
 from tests.passes.checkpoint_models import MODELS, loss_of, made
 
-QUICK = ("gpt2", "unet")  # the others take long, or timm
+QUICK = ("unet",)  # the others take long, or timm
 B, S, W = 4, 24, 32
 
 
@@ -151,8 +151,8 @@ def test_products_are_computed_again_last():
 
 def test_an_overhead_buys_the_smallest_peak():
     peaks = []
-    for most in (0.0, 0.05, 0.2):
-        fast = trained(Stack(), [Checkpoint(max_overhead=most)])
+    for most in (0.0, 0.03, 0.2):
+        fast = trained(Stack(layers=2), [Checkpoint(max_overhead=most)])
         step(fast, {"x": X})
         peaks.append(step(fast, {"x": X})[0])
         spent = re.search(r"again takes (\S+) %", plan_of(fast))
