@@ -20,11 +20,11 @@ import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -73,6 +73,13 @@ _FUNCTIONS = ("accepts", "fits", "forward", "compute", "sources", "derive", "der
 _serial = itertools.count()
 
 
+class Tree(Protocol):
+    """Where the tables of parameters and buffers are: a module, or what stands for one."""
+
+    def get_submodule(self, path: str, /) -> Any:
+        """What has the tables `_parameters` and `_buffers` at a path."""
+
+
 @dataclass(frozen=True)
 class Code:
     """Generated source and the objects that it names.
@@ -94,7 +101,7 @@ class Code:
         twice = [f"{self.laid} weights are kept a second time, as the CPU's kernels read them"]
         return [line for c in self.choices.values() for line in c.lines()] + twice * bool(self.laid)
 
-    def bind(self, module: nn.Module, filename: str) -> dict[str, Any]:
+    def bind(self, module: Tree, filename: str) -> dict[str, Any]:
         """Execute the source with its tables bound to `module`; returns the functions by name."""
         filename = f"{filename.strip('<>')} #{next(_serial)}"  # linecache shows no source for <...>
         namespace: dict[str, Any] = {"torch": torch, **self.constants}  # Dynamo would import a __name__
@@ -113,7 +120,7 @@ def emit(program: Program) -> Code:
     """The Python code of the program."""
     if program.schedule is None:
         return Emitter(program).code()
-    scheduled: Any = importlib.import_module("fxaccel.scheduled")
+    scheduled: Any = importlib.import_module("fxaccel.scheduled")  # which is made of what is here
     return scheduled.Emitter(program).code()
 
 

@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from fxaccel import scheduled
 from fxaccel.cost import node_flops, parameter_bytes
@@ -127,12 +131,12 @@ def profile(program: Program) -> Profile:
     for tensor in state.values():
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(watch.accumulated)
-    functions = replace(code, constants=constants).bind(_Tree(state), "<fxaccel profile>")  # type: ignore[arg-type]
+    functions = replace(code, constants=constants).bind(_Tree(state), "<fxaccel profile>")
     inputs = [given[program.placeholder(n)] for n in program.inputs if n is not None]
     with fakes, torch.enable_grad():
         try:
             outputs = functions["forward"](*inputs)
-        except Exception as error:  # whatever an operator raises that asks for data
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise RuleError(
                 f"the step cannot be run without data: {type(error).__name__}: {error}"
             ) from error
@@ -150,7 +154,7 @@ class _Tree:
             path, _, own = name.rpartition(".")
             self.tables.setdefault(path, {})[own] = tensor
 
-    def get_submodule(self, path: str) -> Any:
+    def get_submodule(self, path: str, /) -> Any:
         table = self.tables.get(path, {})  # ties name modules whose parameter is read by another name
         return SimpleNamespace(_parameters=table, _buffers=table)
 

@@ -1,7 +1,7 @@
 """What autograd keeps of one forward run and what is computed again: the part of a schedule that runs.
 
-The code of a scheduled program tells a `Run` where it is: `at` before each call, `drop` after a call whose
-result is not to be kept, `again` before a call whose backward has something computed first. All that
+The code of a scheduled program tells a `Run` where it is: `at` before each call, with the function that is to
+run before its backward, `drop` and `hide` after a call of which something is not to be kept. All that
 autograd saves passes through `pack`, which keeps the tensor, or a note of which result it was: a storage
 tells them apart, so views need no bookkeeping. In backward `unpack` returns it, and runs the function that
 computes it again where it is not there.
@@ -311,22 +311,14 @@ def ambient() -> list[dict[str, Any]]:
 @contextmanager
 def redrawn(device: torch.device, state: Tensor) -> Iterator[None]:
     """Random numbers of a device from a state on, inside; outside they go on as before."""
-    before = random_state(device)
-    set_random_state(device, state)
-    try:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
         yield
-    finally:
-        set_random_state(device, before)
 
 
 def random_state(device: torch.device) -> Tensor:
     """The state of a device's random numbers."""
     return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-
-
-def set_random_state(device: torch.device, state: Tensor) -> None:
-    """Set it."""
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -133,15 +134,7 @@ class Planner:
 
     def smallest(self) -> int:
         """The smallest budget that a plan was found for, within 1 in FINE of what the step needs."""
-        low, high = 0, self.need
-        while high - low > self.need // FINE + 1:
-            middle = (low + high) // 2
-            found = self.plan(middle)
-            if found is None:
-                low = middle
-            else:
-                high = replay(self.profile, found).peak
-        return high
+        return replay(self.profile, self.within(math.inf)).peak
 
     def within(self, seconds: float) -> Draft:
         """The draft of the smallest peak found that computes at most so many seconds again."""
@@ -198,7 +191,7 @@ def parts(profile: Profile, seconds: Mapping[int, float], least: int) -> list[Pa
         like = known.setdefault(signature, part)
         if like is part:
             part.options = frontier(part)
-            part.forward = sum(part.seconds[c] for c in _closure(part, part.crossing, frozenset()))
+            part.forward = sum(part.seconds[c] for c in _closure(part, part.crossing))
         part.forward = like.forward
         rise = _base(part) - _base(like)
         part.options = [replace(o, peak=o.peak + rise) for o in like.options] if rise else like.options
@@ -209,13 +202,12 @@ def parts(profile: Profile, seconds: Mapping[int, float], least: int) -> list[Pa
 def _part(profile: Profile, calls: Sequence[int], seconds: Mapping[int, float]) -> Part:
     ours = [v for c in calls for v in results(profile, c)]
     number = {v: i for i, v in enumerate(ours)}
-    first, last = calls[0], calls[-1]
-    at = {c: i for i, c in enumerate(calls)}
+    at, last = {c: i for i, c in enumerate(calls)}, calls[-1]
     values = [
         replace(
             profile.values[v], made=at[profile.values[v].made],
             read=at.get(profile.values[v].read, len(calls) if profile.values[v].read > last else -1),
-            needed=[at[s] for s in profile.values[v].needed if first <= s <= last and s in at],
+            needed=[at[s] for s in profile.values[v].needed if s in at],
         )
         for v in ours
     ]  # fmt: skip
@@ -257,7 +249,7 @@ def frontier(part: Part) -> list[Option]:
     profile = part.profile
     inner = droppable(profile) - part.crossing
     tried = {frozenset(v for v in inner if profile.values[v].needed): None, frozenset[int](): None}
-    sets = [kept for price in _prices(part, inner) if (kept := _closed(part, inner, price)) is not None]
+    sets = [_closed(part, inner, price) for price in _prices(part, inner)]
     for more, less in itertools.pairwise(sorted({*tried, *sets}, key=lambda kept: -_bytes(part, kept))):
         for extra in _between(part, more - less):
             tried[less | extra] = None
@@ -317,14 +309,14 @@ def _option(part: Part, inner: set[int], kept: frozenset[int]) -> Option:
     return Option(kept, _bytes(part, kept), found.seconds, found.peak)
 
 
-def _closure(part: Part, wanted: frozenset[int], kept: frozenset[int]) -> set[int]:
+def _closure(part: Part, wanted: frozenset[int]) -> set[int]:
     """The calls that compute values again from what the part begins with."""
     values, calls, left, found = part.profile.values, part.profile.calls, list(wanted), set[int]()
     while left:
         call = values[left.pop()].made
         if call not in found:
             found.add(call)
-            left += [v for v in calls[call].reads if v not in kept]
+            left += calls[call].reads
     return found
 
 

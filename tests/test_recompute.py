@@ -60,6 +60,20 @@ def test_autocast_around_the_call_is_around_what_is_computed_again():
     assert not torch.equal(want.outputs[0], step.run(model).outputs[0])  # autocast does something
 
 
+def test_autocast_around_backward_alone_is_not_around_what_is_computed_again():
+    step = Captured(Method(native, **linears(8, 16)), torch.randn(6, 8))
+
+    def without(forward):
+        def call(*args):
+            with torch.autocast("cpu", enabled=False):
+                return forward(*args)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            return step.run(call)
+
+    identical(without(step.scheduled()), without(step.emitted()))
+
+
 def test_attention_of_our_kernel_is_computed_again():
     step = Captured(Attention(written=True), torch.randn(2, 6, 32), passes=["fuse-attention"])
     (ours,) = (n.name for n in step.program.graph.nodes if "fxaccel" in str(n.target))
