@@ -26,6 +26,7 @@ from torch import nn
 import fxaccel
 from fxaccel.discover import available, resolve
 from fxaccel.errors import FxaccelError, OptionError
+from fxaccel.picture import drawable
 from fxaccel.report import PassReport, Site
 
 app = typer.Typer(
@@ -143,17 +144,15 @@ def plan(
     with _reported(debug):
         cls: Any = available()["checkpoint"]
         one = cls(budget=budget, max_overhead=max_overhead, optimizer=optimizer)
-        package, _, name = cls.__module__.rpartition(".")
-        curve = importlib.import_module(f"{package}._{name}_curve")
         if out is not None:
-            curve.drawable(out)
+            drawable(out)
         if any(isinstance(p, cls) for p in resolve(pass_)):
             raise OptionError(f"--pass names {cls.name!r}, which this command plans", "say --budget")
         fast = _accelerated(model, pass_, inputs, load, True, allow, check=False)
         with _progress(f"planning {model}"):
-            found = curve.study(_whole(fast), one, points)
+            found = one.study(_whole(fast), points)
         if out is not None:
-            curve.draw(found, out)
+            found.draw(out)
         for line in [found.to_json()] if as_json else found.lines():
             _say(line)
 

@@ -17,14 +17,13 @@ from fractions import Fraction
 from functools import cache, cached_property
 from math import comb, prod
 from operator import mul
-from types import FunctionType
 from typing import Any
 
 import sympy
 
 from fxaccel.errors import OptionError, RuleError
 from fxaccel.ir import Program
-from fxaccel.profile import Profile, _Watch, profile
+from fxaccel.profile import Profile, Watch, watched
 from fxaccel.proof import holds
 from fxaccel.replay import Draft, lives
 
@@ -185,7 +184,7 @@ class Traced:
         return replace(self.profile, values=values, calls=calls, grads=one(next(left)))
 
 
-class _Trace(_Watch):
+class _Trace(Watch):
     """A watch that notes every moment."""
 
     def __init__(self, program: Program) -> None:
@@ -214,9 +213,9 @@ class _Trace(_Watch):
         elif self.running >= 0:
             self.moments[self.running][0].append(self.meter.live - self.before)
 
-    def profile(self, state: int) -> Traced:  # type: ignore[override]
+    def traced(self) -> Traced:
         """What has been seen; its maxima are those of the moments."""
-        found = super().profile(state)
+        found = self.profile()
         for index, call in found.calls.items():
             forward, backward = self.moments[index]
             if not call.takes:
@@ -227,9 +226,8 @@ class _Trace(_Watch):
 
 
 def traced(program: Program) -> Traced:
-    """As fxaccel.profile.profile, with the moments: the same function over another watch."""
-    run = FunctionType(profile.__code__, {**profile.__globals__, "_Watch": _Trace})
-    return run(program)
+    """The profile of a training step, with its moments."""
+    return watched(program, _Trace).traced()
 
 
 class Formulas:

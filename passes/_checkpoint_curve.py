@@ -17,26 +17,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from operator import ge
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import sympy
-import torch
 
 from fxaccel.errors import OptionError, RuleError
 from fxaccel.formulas import Formulas
-from fxaccel.ir import Program, expr, path, tensors
+from fxaccel.ir import Program, expr, path
 from fxaccel.passes._checkpoint_plan import Planner, cuts, droppable
-from fxaccel.passes.checkpoint import FORWARDS, STATES, Checkpoint, Plan, TrainingStep, read, said
+from fxaccel.passes.checkpoint import FORWARDS, Checkpoint, Plan, TrainingStep, read, said
+from fxaccel.picture import canvas, drawable, saved
 from fxaccel.profile import Profile
 from fxaccel.replay import Draft, lazily, replay
-from fxaccel.roofline import roofline
 from fxaccel.schedule import HIDDEN
 
 BLOCK = 8  # calls in a part of the baselines, at the least: about a block of a model
 LARGEST = 2**24  # a batch beyond which no memory is asked for
 ROWS = 12  # of a table of modules
 SHORT = 160  # letters of a formula that is printed whole
-SUFFIXES = (".svg", ".png")
 
 
 class Point(NamedTuple):
@@ -124,7 +122,7 @@ def largest_batch(
         return formulas.sizes.all([*hints[:at], size, *hints[at + 1 :]]) is not None
 
     def fitting(size: int) -> tuple[TrainingStep, Draft] | None:
-        step = _at(program, formulas, {name: size}, optimizer)
+        step = TrainingStep.of(program, optimizer, formulas.at({name: size}))
         draft = step.planner(share=False).plan(budget - step.fixed)
         return None if draft is None else (step, draft)
 
@@ -153,15 +151,6 @@ def batch(program: Program) -> str:
             "capture with a batch of two or more",
         )
     return f"{first}.0"
-
-
-def _at(program: Program, formulas: Formulas, sizes: dict[str, int], optimizer: str) -> TrainingStep:
-    """The training step at other sizes."""
-    found = formulas.at(sizes)
-    weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
-    first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
-    seconds = roofline(first.device, first.dtype).seconds(found)
-    return TrainingStep(found, seconds, found.state * (1 + STATES[optimizer]))
 
 
 @dataclass(frozen=True)
@@ -219,6 +208,25 @@ class Study:
             yield f"bytes of activations where everything is kept: {self.formula}"
         yield from (f"note: {note}" for note in self.notes)
 
+    def draw(self, file: Path) -> None:
+        """The curve and its baselines as a picture."""
+        drawable(file)
+        figure, axes = canvas(7, 4.5)
+        unit = 2**20 if self.plan.need < 2**30 else 2**30
+
+        def at(points: list[Point]) -> tuple[list[float], list[float]]:
+            return [p.peak / unit for p in points], [100 * p.overhead for p in points]
+
+        axes.plot(*at(self.curve), marker="o", drawstyle="steps-post", label="plans")
+        for (name, one), marker in zip(self.baselines.items(), "sD^", strict=True):
+            axes.plot(*at([one]), marker=marker, linestyle="none", label=name)
+        axes.plot([self.plan.peak / unit], [100 * self.plan.overhead], "k*", markersize=12, label="this plan")
+        axes.set_xlabel(f"peak of the training step, {'MiB' if unit == 2**20 else 'GiB'}")
+        axes.set_ylabel("computed again, % of the step's time")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        saved(figure, file)
+
 
 def _table(rows: dict[str, int]) -> Iterator[str]:
     """The largest modules, those of one place in a numbered list together."""
@@ -238,8 +246,8 @@ def study(program: Program, checkpoint: Checkpoint, points: int) -> Study:
     """What `checkpoint` would do with a program; raises OptionError for a budget that cannot be kept."""
     if points < 2:
         raise OptionError(f"points is {points}, expected at least 2")
-    plan = checkpoint.plan(program)
     step = TrainingStep.of(program, checkpoint.optimizer)
+    plan = checkpoint.for_step(step)
     amount, in_bytes = (0.0, True) if checkpoint.budget is None else read(checkpoint.budget)
     planner = step.planner(share=not in_bytes)
     gone, paths = set(plan.schedule.dropped), {n.name: path(n) for n in program.graph.nodes}
@@ -277,40 +285,3 @@ def written(formulas: Formulas) -> str:
     leading = [e for e in monomials if not any(f != e and all(map(ge, f, e)) for f in monomials)]
     parts = [monomials[e] * sympy.prod([s**i for s, i in zip(example, e, strict=True)]) for e in leading]
     return f"{sympy.Add(*parts)} + ..."
-
-
-def drawable(file: Path) -> None:
-    """Raise OptionError for a file that no picture can be written to."""
-    if file.suffix not in SUFFIXES:
-        raise OptionError(f"{file} ends in {file.suffix!r}, expected one of {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise OptionError(
-            "a picture is drawn with matplotlib, which is not installed", "pip install 'fxaccel[plot]'"
-        ) from None
-
-
-def draw(study: Study, file: Path) -> None:
-    """The curve and its baselines as a picture."""
-    drawable(file)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
-    unit = 2**20 if study.plan.need < 2**30 else 2**30
-
-    def at(points: list[Point]) -> tuple[list[float], list[float]]:
-        return [p.peak / unit for p in points], [100 * p.overhead for p in points]
-
-    axes.plot(*at(study.curve), marker="o", drawstyle="steps-post", label="plans")
-    for (name, one), marker in zip(study.baselines.items(), "sD^", strict=True):
-        axes.plot(*at([one]), marker=marker, linestyle="none", label=name)
-    axes.plot([study.plan.peak / unit], [100 * study.plan.overhead], "k*", markersize=12, label="this plan")
-    axes.set_xlabel(f"peak of the training step, {'MiB' if unit == 2**20 else 'GiB'}")
-    axes.set_ylabel("computed again, % of the step's time")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -83,9 +83,9 @@ class TrainingStep:
     fixed: int
 
     @classmethod
-    def of(cls, program: Program, optimizer: str) -> TrainingStep:
-        """Of the step at the sizes that the program was captured with."""
-        found = profile(program)
+    def of(cls, program: Program, optimizer: str, found: Profile | None = None) -> TrainingStep:
+        """Of the step at the sizes that the program was captured with, or with the profile at others."""
+        found = found or profile(program)
         weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
         first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
         seconds = roofline(first.device, first.dtype).seconds(found)
@@ -164,7 +164,10 @@ class Checkpoint(Pass):
             raise OptionError(f"max_overhead is {self.max_overhead!r}, expected a share from 0, as 0.1")
 
     def plan(self, program: Program) -> Plan:
-        step = TrainingStep.of(program, self.optimizer)
+        return self.for_step(TrainingStep.of(program, self.optimizer))
+
+    def for_step(self, step: TrainingStep) -> Plan:
+        """The plan of a step; OptionError where the budget cannot be kept."""
         if self.budget is None:
             most = float(self.max_overhead or 0.0) * FORWARDS * sum(step.seconds.values())
             return step.planned(step.planner(share=False).within(most))
@@ -180,6 +183,12 @@ class Checkpoint(Pass):
                 "a smaller batch or a shorter sequence takes less",
             )
         return step.planned(found)
+
+    def study(self, program: Program, points: int) -> Any:
+        """The plan for a program and so many others beside it: passes/_checkpoint_curve.py."""
+        from fxaccel.passes._checkpoint_curve import study  # which plans by what is here
+
+        return study(program, self, points)
 
     def apply(self, program: Program, plan: Plan, driver: Any) -> None:
         if not plan.schedule.dropped:
