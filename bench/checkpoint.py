@@ -6,7 +6,7 @@ budgets    C1 of the targets: seven models, ten budgets each from 0.95 of the ac
 peers      C2: torch's partitioner with its activation_memory_budget of 0.1 to 0.9, and torch.utils.checkpoint
            around every block and every group of sqrt(n) blocks: bytes of a real step, FLOPs that torch counts
            in it beyond those of a plain step; ours within the bytes of each of them
-optimum    C4: steps of at most 60 calls, ours beside the exact optimum (tests/passes/checkpoint_optimum.py)
+optimum    C4: steps of at most 60 calls, ours beside the exact optimum (passes/_checkpoint_exact.py)
 time       C4: seconds of one thread for profile, plan, schedule and code of 24 and 96 layers of GPT-2
 
 Bytes are those of storages that operators make, by fxaccel.memory.Meter: parameters were there before, what a
@@ -37,6 +37,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import fxaccel
 from fxaccel.emit import emit
 from fxaccel.memory import Meter
+from fxaccel.passes._checkpoint_exact import solved
 from fxaccel.passes._checkpoint_plan import Planner
 from fxaccel.passes.checkpoint import FORWARDS, TrainingStep
 from fxaccel.profile import Profile
@@ -46,7 +47,6 @@ from fxaccel.schedule import Schedule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.passes.checkpoint_models import UNet
-from tests.passes.checkpoint_optimum import solved
 from tests.passes.test_checkpoint_optimum import STEPS
 from tests.zoo.torchvision_shim import importable
 
@@ -213,7 +213,7 @@ def budgets() -> None:
     figures: dict[str, Any] = dict(FIGURES)
     for name in MODELS:
         ours = Ours(*made(name))
-        smallest = ours.planner.smallest()
+        smallest = ours.planner.smallest
         asked = [*(int(s * ours.peak) for s in SHARES if s * ours.peak > smallest), smallest]
         while len(asked) < 10:  # between those that are farthest apart
             gap = max(range(len(asked) - 1), key=lambda i: asked[i] - asked[i + 1])
@@ -368,7 +368,7 @@ def clock() -> None:
         program, row = plain.__dict__["_fxaccel"].all[-1].program, dict[str, float]()
         step = timed(row, "profile", TrainingStep.of, program, "none")
         planner, draft = step.planner(share=True), Draft()
-        timed(row, "parts", getattr, planner, "grains")
+        timed(row, "parts", lambda p=planner: [chain.runs for chain in p.chains])
         for share in (0.8, 0.5, 0.3):
             draft = timed(row, f"plan for {share}", planner.plan, int(share * step.whole.inner))
         schedule = timed(row, "write", write, step.profile, draft)

@@ -24,7 +24,8 @@ import sympy
 from fxaccel.errors import OptionError, RuleError
 from fxaccel.formulas import Formulas
 from fxaccel.ir import Program, expr, path
-from fxaccel.passes._checkpoint_plan import Planner, cuts, droppable
+from fxaccel.passes._checkpoint_parts import cuts, droppable
+from fxaccel.passes._checkpoint_plan import Planner
 from fxaccel.passes.checkpoint import FORWARDS, Checkpoint, Plan, TrainingStep, read, said
 from fxaccel.picture import canvas, drawable, saved
 from fxaccel.profile import Profile
@@ -65,7 +66,7 @@ def curve(step: TrainingStep, planner: Planner, points: int) -> list[Point]:
     """Plans for budgets from the smallest to what is needed, those left out that another one dominates."""
     shares = planner.profile is not step.profile
     fixed = 0 if shares else step.fixed
-    low, high = planner.smallest(), planner.need
+    low, high = planner.smallest, planner.need
     found = list[Point]()
     for i in range(points):
         budget = low + (high - low) * i // max(points - 1, 1)

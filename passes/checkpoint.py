@@ -142,6 +142,8 @@ class Checkpoint(Pass):
     max_overhead   in the place of a budget: the most to compute again, as a share of the time of forward and
                    backward; the smallest peak that it buys is taken
     optimizer      whose state counts: none, sgd, momentum, adam, adamw
+    exact          the plan of least time there is, by an integer program, for steps of up to 60 calls: it
+                   can take a minute, and takes scipy
     """
 
     name = "checkpoint"
@@ -152,12 +154,15 @@ class Checkpoint(Pass):
     budget: str | float | None = None
     max_overhead: float | None = None
     optimizer: str = "none"
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in STATES:
             raise OptionError(f"optimizer is {self.optimizer!r}, expected one of {', '.join(STATES)}")
         if (self.budget is None) == (self.max_overhead is None):
             raise OptionError("checkpoint takes a budget or max_overhead, one of the two", 'as budget="6GiB"')
+        if self.exact and self.budget is None:
+            raise OptionError("an exact plan is one for a budget", 'as budget="6GiB"')
         if self.budget is not None:
             read(self.budget)
         elif not isinstance(self.max_overhead, (int, float)) or not 0 <= self.max_overhead < math.inf:
@@ -174,9 +179,9 @@ class Checkpoint(Pass):
         amount, bytes_asked = read(self.budget)
         planner = step.planner(share=not bytes_asked)
         limit = amount - step.fixed if bytes_asked else amount * step.whole.inner
-        found = planner.plan(int(limit))
+        found = planner.optimum(int(limit)) if self.exact else planner.plan(int(limit))
         if found is None:
-            least = planner.smallest()
+            least = planner.smallest
             smallest = said(step.fixed + least) if bytes_asked else f"{least / step.whole.inner:.3f}"
             raise OptionError(
                 f"the budget of {self.budget} cannot be kept, the smallest that can is {smallest}",

@@ -63,13 +63,13 @@ def test_the_curve_goes_from_the_smallest_to_all_and_never_rises(step, share):
     assert found[-1].overhead == found[-1].flops == 0
     assert found[-1].peak == step.fixed + step.whole.peak
     assert all(size <= p.budget for size, p in zip(sizes, found, strict=True))
-    smallest = planner.smallest() + (0 if share else step.fixed)
+    smallest = planner.smallest + (0 if share else step.fixed)
     assert sizes[0] <= smallest
 
 
 def test_points_that_another_one_dominates_are_left_out(step):
     planner = step.planner(share=False)
-    low = planner.smallest()
+    low = planner.smallest
     least = planner.plan(low)
 
     class Wasteful(Planner):

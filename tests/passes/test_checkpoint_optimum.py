@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from fxaccel.passes._checkpoint_exact import solved
 from fxaccel.passes._checkpoint_plan import Planner
 from fxaccel.passes.checkpoint import FORWARDS
 from fxaccel.profile import Call, Profile, Value
 from fxaccel.replay import Draft, replay
-from tests.passes.checkpoint_optimum import searched, solved
-
-pytest.importorskip("scipy")
+from tests.passes.checkpoint_optimum import searched
 
 KIB = 2**10
 GAP = 0.02  # of forward and backward, between a plan and the optimum
