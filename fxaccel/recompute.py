@@ -192,7 +192,6 @@ class Run:
     def at(self, index: int, function: Function | None = None, *given: Any) -> None:
         """The call that comes next, and what is computed before its backward."""
         recipe = None
-        self.mover.left(index)
         if function is not None:
             needs = [self.slot(n) for n in self.table.takes[index]]
             slots = [self.slot(n) for n in self.table.fills[index]]
@@ -202,6 +201,7 @@ class Run:
             self.opened = slots  # until the call has saved what it reads of them
         self.step = Step(index, recipe)
         self.fresh.clear()
+        self.mover.left(index)
 
     def slot(self, number: int) -> Slot:
         """The slot of this number."""
