@@ -83,7 +83,7 @@ class Host:
 
 
 class Pinned(Host):
-    """The same beside what a GPU computes.
+    """The same beside what a GPU computes. Torch rounds pinned memory up to a power of two, and keeps it.
 
     side       the stream that copies
     stream     the one that computed the tensor
