@@ -5,7 +5,8 @@ budgets    C1 of the targets: seven models, ten budgets each from 0.95 of the ac
            bit what it is without the pass, FLOPs that are computed again
 peers      C2: torch's partitioner with its activation_memory_budget of 0.1 to 0.9, and torch.utils.checkpoint
            around every block and every group of sqrt(n) blocks: bytes of a real step, FLOPs that torch counts
-           in it beyond those of a plain step; ours within the bytes of each of them
+           in it beyond those of a plain step; ours within the bytes of each of them, checkpoint alone (planned
+           for the fewest FLOPs) and behind the default passes (planned for the least time)
 optimum    C4: steps of at most 60 calls, ours beside the exact optimum (passes/_checkpoint_exact.py)
 time       C4: seconds of one thread for profile, plan, schedule and code of 24 and 96 layers of GPT-2
 
@@ -22,7 +23,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,9 +33,10 @@ import torch
 from harness import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 import fxaccel
+from fxaccel.discover import available
 from fxaccel.emit import emit
 from fxaccel.memory import Meter
 from fxaccel.passes._checkpoint_exact import solved
@@ -145,21 +147,39 @@ def measured(model: nn.Module, batch: Batch) -> tuple[int, int]:
     return counter.peak, counter.flops
 
 
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+def products(q: Tensor, k: Tensor, v: Tensor, first: int, second: int) -> int:
+    """FLOPs of so many products of attention over the width of queries, and over that of values."""
+    return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (first * q.shape[-1] + second * v.shape[-1])
+
+
+def forward(*read: Any, **named: Any) -> int:
+    """FLOPs of attention."""
+    return products(*read[:3], 1, 1)
+
+
+def backward(*read: Any, **named: Any) -> int:
+    """FLOPs of its backward, which makes the scores again."""
+    return products(*read[1:4], 3, 2)
+
+
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
-    ATTENTION: lambda *read, **named: sdpa_flop_count(*(t.shape for t in read[:3])),
-    BACKWARD: lambda *read, **named: sdpa_backward_flop_count(*(t.shape for t in read[:4])),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    torch.ops.fxaccel.attention: forward,
+    torch.ops.fxaccel.attention_save: forward,
+    torch.ops.fxaccel.attention_backward: backward,
 }
-"""torch's, with the CPU's attention, which it counts as nothing."""
+"""torch's, with the attention that it does not know, or counts as nothing on the CPU."""
+
+DEFAULT = [name for name, cls in available().items() if cls.default]
 
 
 class Ours:
-    """A model under our pass, at any budget of bytes beside parameters."""
+    """A model under our pass behind others, at any budget of bytes beside parameters."""
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self.model, self.batch = model, batch
-        self.plain = fxaccel.accelerate(model, [], check=False)
+    def __init__(self, model: nn.Module, batch: Batch, passes: Sequence[str] = ()) -> None:
+        self.model, self.batch, self.passes = model, batch, passes
+        self.plain = fxaccel.accelerate(model, list(passes), check=False)
         self.peak, self.flops = measured(self.plain, batch)
         self.grads = [p.grad for p in model.parameters()]
         self.program = self.plain.__dict__["_fxaccel"].all[-1].program
@@ -179,7 +199,8 @@ class Ours:
             return None
         plan, budget = self.step.planned(found), (nbytes + self.step.fixed) / 1000
         if planner is None:
-            fast = fxaccel.accelerate(self.model, [f"checkpoint{{budget={budget:.3f}kB}}"], check=False)
+            asked = [*self.passes, f"checkpoint{{budget={budget:.3f}kB}}"]
+            fast = fxaccel.accelerate(self.model, asked, check=False)
         else:
             fast = Scheduled(self, plan.schedule)
         peak, flops = measured(fast.train(), self.batch)
@@ -284,7 +305,7 @@ def steps(model: nn.Module, batch: Batch, name: str) -> Iterator[tuple[str, Call
             yield what, lambda size=size: measured(grouped(model, name, size), batch)  # type: ignore[misc]
 
 
-def beside(run: Callable[[], tuple[int, int]], ours: Ours) -> dict[str, Any]:
+def beside(run: Callable[[], tuple[int, int]], ours: Ours, default: Ours) -> dict[str, Any]:
     """What a peer takes, and ours within its bytes."""
     try:
         peak, flops = run()
@@ -293,7 +314,7 @@ def beside(run: Callable[[], tuple[int, int]], ours: Ours) -> dict[str, Any]:
     return {
         "measured": peak, "of the bytes": peak / ours.peak,
         "recomputed FLOPs": flops - ours.flops, "share of FLOPs": flops / ours.flops - 1,
-        "by time": ours.at(peak, ours.planner), "by FLOPs": ours.at(peak, ours.by_flops),
+        "alone": ours.at(peak, ours.by_flops), "default": default.at(peak),
     }  # fmt: skip
 
 
@@ -302,10 +323,13 @@ def peers() -> None:
     figures: dict[str, Any] = dict(FIGURES)
     for name in MODELS:
         model, batch = made(name)
-        ours = Ours(model, batch)
+        ours, default = Ours(model, batch), Ours(model, batch, DEFAULT)
         rows = []
         for what, run in steps(model, batch, name):
-            row = beside(run, ours)
+            row = beside(run, ours, default)
+            if row.get("default"):  # beyond those of the model as it is
+                row["default"]["recomputed FLOPs"] += default.flops - ours.flops
+                row["default"]["share of FLOPs"] = row["default"]["recomputed FLOPs"] / ours.flops
             rows.append({"peer": what, **row})
             print(
                 name,
@@ -313,7 +337,7 @@ def peers() -> None:
                 {k: v["share of FLOPs"] if isinstance(v, dict) else v for k, v in row.items()},
                 flush=True,
             )
-        together = {k: counted(rows, k) for k in ("by time", "by FLOPs")}
+        together = {k: counted(rows, k) for k in ("alone", "default")}
         figures[name] = {"measured": ours.peak, "FLOPs": ours.flops, **together, "rows": rows}
         save("checkpoint_peers", figures)
 

@@ -10,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from fxaccel.profile import Profile
-from fxaccel.schedule import HIDDEN, Again, Schedule
+from fxaccel.schedule import HIDDEN, Again, Moved, Schedule
 
 Programs = Mapping[int, Sequence[int]]
 """step -> the calls that are made again before its backward, in the order of the graph."""
+
+
+class Journey(NamedTuple):
+    """Of a value that is moved to the host.
+
+    gone     the call of forward from which on its memory is free
+    fetch    the call before whose backward the copy back begins
+    """
+
+    gone: int
+    fetch: int
 
 
 @dataclass(frozen=True)
@@ -24,10 +36,14 @@ class Draft:
 
     dropped    values that autograd does not keep
     again      what is computed in their place
+    moved      values that lie in the host's memory between forward and backward
+    waits      seconds that the step waits for copies
     """
 
     dropped: frozenset[int] = frozenset()
     again: Programs = field(default_factory=dict)
+    moved: Mapping[int, Journey] = field(default_factory=dict)
+    waits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Replayed:
 
     peak       the most bytes that live at once, parameters and buffers left out
     inner      the same without the gradients of parameters
-    flops, seconds    of what is computed again
+    flops, seconds    of what is computed again; seconds with what the step waits for copies
     """
 
     peak: int
@@ -108,17 +124,20 @@ def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None =
     forward, backward = [0] * (size + 1), [0] * (size + 1)
     for number, value in enumerate(values):
         last = size - 1 if number in found.lowest or value.shown else max(value.read, value.made)
+        low, top = 0 if value.shown else found.lowest.get(number, size), size - 1
+        if number in draft.moved:
+            last, top = draft.moved[number]
         forward[value.made + 1] += value.nbytes
         forward[last + 1] -= value.nbytes
-        low = 0 if value.shown else found.lowest.get(number, size)
         backward[low] += value.nbytes
+        backward[top + 1] -= value.nbytes
     for step, held in found.held.items():
         for number, until in held:  # from after the program to the backward of `until`
             backward[until] += values[number].nbytes
             backward[step] -= values[number].nbytes
     alive_forward, alive_backward = list(accumulate(forward)), list(accumulate(backward))
     peak = inner = max((alive_forward[i] + c.takes for i, c in calls.items()), default=0)
-    flops, spent = 0, 0.0
+    flops, spent = 0, draft.waits
     for step, call in calls.items():
         live = alive_backward[step]
         program = draft.again.get(step)
@@ -200,10 +219,14 @@ def write(profile: Profile, draft: Draft) -> Schedule:
                 continue
             names.add(name)
             for read in profile.inputs[name]:
-                gone = [v for v in profile.roots.get(read, ()) if v in draft.dropped]
+                gone = [v for v in profile.roots.get(read, ()) if v in draft.dropped or v in draft.moved]
                 if any(v in made or values[v].name != read for v in gone):  # else a slot holds it
                     wanted.append(read)
         held = tuple((values[v].name, calls[until].name) for v, until in found.held[step])
         again.append(Again(calls[step].name, tuple(sorted(names, key=order.__getitem__)), held))
     dropped = tuple(values[v].name for v in sorted(draft.dropped))
-    return Schedule(dropped, tuple(again))
+    moved = (
+        Moved(values[v].name, calls[one.fetch].name, calls[found.lowest[v]].name)
+        for v, one in sorted(draft.moved.items())
+    )
+    return Schedule(dropped, tuple(again), tuple(moved))

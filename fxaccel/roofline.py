@@ -1,7 +1,7 @@
-"""How fast a device computes and moves bytes: the two constants by which a plan weighs time.
+"""How fast a device computes and moves bytes: the constants by which a plan weighs time.
 
 A call takes flops / rate or bytes / bandwidth seconds, whichever is more (Williams et al. 2009, "Roofline").
-Both are measured once for a device, dtype and version of torch and kept in a file of the user's cache
+They are measured once for a device, dtype and version of torch and kept in a file of the user's cache
 folder, so that plans are the same in every process; where that cannot be written they are measured again.
 """
 
@@ -25,10 +25,17 @@ SIZE = 1024  # rows and columns of the product that is timed; the copy is of 16 
 
 @dataclass(frozen=True)
 class Roofline:
-    """rate: FLOPs a second of a large product; bandwidth: bytes a second that a copy reads and writes."""
+    """The constants of a device.
+
+    rate         FLOPs a second of a large product
+    bandwidth    bytes a second that a copy reads and writes
+    link         bytes a second to pinned memory of the host or back, whichever is slower; 0 where the
+                 device's memory is the host's
+    """
 
     rate: float
     bandwidth: float
+    link: float = 0.0
 
     def seconds(self, profile: Profile) -> dict[int, float]:
         """What each call of a step takes; views take nothing."""
@@ -61,7 +68,12 @@ def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
     other = torch.empty_like(large)
     product = _best(lambda: torch.mm(made, made), device)
     copy = _best(lambda: other.copy_(large), device)
-    return Roofline(2 * SIZE**3 / product, 2 * large.nbytes / copy)
+    link = 0.0
+    if device.type == "cuda":
+        host = torch.empty(large.shape, dtype=dtype, pin_memory=True)
+        there, back = _best(lambda: host.copy_(large), device), _best(lambda: large.copy_(host), device)
+        link = large.nbytes / max(there, back)
+    return Roofline(2 * SIZE**3 / product, 2 * large.nbytes / copy, link)
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:
@@ -91,8 +103,9 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
         return {}
     sound = isinstance(found, dict) and all(
         isinstance(v, dict)
-        and set(v) == {"rate", "bandwidth"}
-        and all(isinstance(n, (int, float)) and n > 0 for n in v.values())
+        and set(v) == {"rate", "bandwidth", "link"}
+        and all(isinstance(n, (int, float)) and n >= 0 for n in v.values())
+        and v["rate"] > 0 < v["bandwidth"]
         for v in found.values()
     )
     return found if sound else {}

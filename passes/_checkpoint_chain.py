@@ -46,13 +46,16 @@ class Move:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What backward does not find: values that are dropped, and which of them a part leaves for others.
+    """What backward does not find.
 
-    posts    value -> the last part from which on it is held when it has been computed
+    dropped    values that are computed again
+    posts      of these: value -> the last part from which on it is held when it has been computed
+    moved      values that come back from the host
     """
 
     dropped: frozenset[int]
     posts: Mapping[int, int]
+    moved: frozenset[int] = frozenset()
 
 
 class Chain:

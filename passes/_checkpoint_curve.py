@@ -160,6 +160,7 @@ class Study:
 
     plan             for the budget
     kept, again      module path -> bytes that are kept of it, and that are computed again
+    moved            module path -> bytes that are moved to the host
     curve, baselines other budgets, and what others would do
     batch            (name, size, peak) of the largest that fits, None where it was not asked for or none does
     formula          bytes of activations at their peak where everything is kept, as text
@@ -170,6 +171,7 @@ class Study:
     plan: Plan
     kept: dict[str, int]
     again: dict[str, int]
+    moved: dict[str, int]
     curve: list[Point]
     baselines: dict[str, Point]
     batch: tuple[str, int, int] | None
@@ -178,9 +180,10 @@ class Study:
 
     def to_json(self) -> str:
         """All of it, in bytes and shares."""
-        plan = {k: v for k, v in asdict(self.plan).items() if k not in ("schedule", "let_go")}
+        plan = {k: v for k, v in asdict(self.plan).items() if k not in ("schedule", "let_go", "moved")}
         found = {
             "schema": "fxaccel-plan/1", "budget": self.budget, **plan, "kept": self.kept, "again": self.again,
+            "moved": self.moved,
             "curve": [p._asdict() for p in self.curve],
             "baselines": {n: p._asdict() for n, p in self.baselines.items()},
             "largest_batch": self.batch and dict(zip(("size", "value", "peak"), self.batch, strict=True)),
@@ -192,7 +195,10 @@ class Study:
         """For a terminal."""
         yield f"needs {said(self.plan.need)}, budget {self.budget}"
         yield str(self.plan)
-        for word, rows in (("kept", self.kept), ("computed again", self.again)):
+        tables = {"kept": self.kept, "computed again": self.again, "moved to the host": self.moved}
+        for word, rows in tables.items():
+            if not rows:
+                continue
             yield ""
             yield f"{word}: {said(sum(rows.values()))}"
             yield from _table(rows)
@@ -251,11 +257,12 @@ def study(program: Program, checkpoint: Checkpoint, points: int) -> Study:
     plan = checkpoint.for_step(step)
     amount, in_bytes = (0.0, True) if checkpoint.budget is None else read(checkpoint.budget)
     planner = step.planner(share=not in_bytes)
-    gone, paths = set(plan.schedule.dropped), {n.name: path(n) for n in program.graph.nodes}
-    kept, again = dict[str, int](), dict[str, int]()
+    paths = {n.name: path(n) for n in program.graph.nodes}
+    gone, away = set(plan.schedule.dropped), {one.value for one in plan.schedule.moved}
+    kept, again, moved = dict[str, int](), dict[str, int](), dict[str, int]()
     for value in step.profile.values:
         if value.needed:
-            rows = again if value.name in gone else kept
+            rows = again if value.name in gone else moved if value.name in away else kept
             module = paths[value.name.removesuffix(HIDDEN)]
             rows[module] = rows.get(module, 0) + value.nbytes
     largest, formula, notes = None, "", list[str]()
@@ -269,7 +276,7 @@ def study(program: Program, checkpoint: Checkpoint, points: int) -> Study:
         notes.append(error.message)
     said_budget = str(checkpoint.budget or f"{checkpoint.max_overhead} of the step's time")
     return Study(
-        said_budget, plan, kept, again, curve(step, planner, points), baselines(step, planner), largest,
+        said_budget, plan, kept, again, moved, curve(step, planner, points), baselines(step, planner), largest,
         formula, notes,
     )  # fmt: skip
 

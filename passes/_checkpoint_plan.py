@@ -31,10 +31,11 @@ class Planner:
     """Plans for one step.
 
     seconds    of each call, by which what is computed again is weighed
+    link       bytes a second to the host's memory, 0 where nothing is to be moved there
     """
 
-    def __init__(self, profile: Profile, seconds: Mapping[int, float]) -> None:
-        self.profile, self.seconds = profile, seconds
+    def __init__(self, profile: Profile, seconds: Mapping[int, float], link: float = 0.0) -> None:
+        self.profile, self.seconds, self.link = profile, seconds, link
         self.need = replay(profile, Draft(), seconds).peak
 
     @cached_property
@@ -52,7 +53,7 @@ class Planner:
         found = self.rough(budget)
         if found is None and self.smallest <= budget:
             found = self.tightest
-        return None if found is None else Polish(*found, self.seconds, budget).run()
+        return None if found is None else Polish(*found, self.seconds, budget, self.link).run()
 
     def optimum(self, budget: int) -> Draft | None:
         """The same without a better one; OptionError where that cannot be proved."""

@@ -8,6 +8,7 @@ Fires on   whatever autograd keeps of a training step and can be had again: resu
            dropouts (their random state is kept), batch norms (whose statistics move once), attention.
 Saves      activation memory, down to the budget; costs the time of what is computed again, least first:
            element-wise calls and norms before products.
+           On a GPU values also go to the host's memory and back, where copies have time beside the rest.
 Exact      bit for bit where the kernels are deterministic: the same calls on the same numbers.
 Source     Griewank & Walther 2000, "Algorithm 799: revolve"; Chen et al. 2016, "Training deep nets with
            sublinear memory cost", arXiv:1604.06174; the plan: passes/_checkpoint_plan.py.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,9 +49,11 @@ class Plan:
     need, peak    bytes of the step at its peak, as it was and as planned: parameters, gradients, the
                   optimizer's state and activations
     activations   (as it was, as planned) of these without parameters, their gradients and that state
-    overhead      seconds that are computed again, as a share of forward and backward
+    overhead      seconds that computing again takes, and waiting for copies, as a share of forward and
+                  backward
     flops         that are computed again
     let_go        call -> bytes that are not kept of what it makes
+    moved         call -> bytes of it that lie in the host's memory between forward and backward
     """
 
     schedule: Schedule
@@ -59,15 +63,18 @@ class Plan:
     overhead: float
     flops: int
     let_go: dict[str, int]
+    moved: dict[str, int]
 
     def __str__(self) -> str:
-        if not self.schedule.dropped:
+        if not self.let_go and not self.moved:
             return f"everything is kept: the step takes {said(self.need)} at its peak"
         before, after = self.activations
+        moved = sum(self.moved.values())
         return (
             f"{said(self.peak)} at the peak of the step instead of {said(self.need)}, activations "
             f"{said(after)} instead of {said(before)}: {len(self.let_go)} calls are not kept, computing them "
             f"again takes {100 * self.overhead:.1f} % of the step's time"
+            + (f"; {said(moved)} are moved to the host and back beside it" if moved else "")
         )
 
 
@@ -76,11 +83,13 @@ class TrainingStep:
     """One training step of a program, and what there is to plan with.
 
     fixed    bytes of parameters and of the optimizer's state
+    link     bytes a second to the host's memory, 0 where the step's memory is that
     """
 
     profile: Profile
     seconds: dict[int, float]
     fixed: int
+    link: float = 0.0
 
     @classmethod
     def of(cls, program: Program, optimizer: str, found: Profile | None = None) -> TrainingStep:
@@ -88,8 +97,8 @@ class TrainingStep:
         found = found or profile(program)
         weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
         first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
-        seconds = roofline(first.device, first.dtype).seconds(found)
-        return cls(found, seconds, found.state * (1 + STATES[optimizer]))
+        speed = roofline(first.device, first.dtype)
+        return cls(found, speed.seconds(found), found.state * (1 + STATES[optimizer]), speed.link)
 
     @cached_property
     def whole(self) -> Replayed:
@@ -98,20 +107,24 @@ class TrainingStep:
 
     def planner(self, share: bool) -> Planner:
         """Plans for a peak, or where a share is asked for, for the peak of activations alone."""
-        return Planner(self.profile.without_gradients() if share else self.profile, self.seconds)
+        return Planner(self.profile.without_gradients() if share else self.profile, self.seconds, self.link)
 
     def planned(self, draft: Draft) -> Plan:
         """A draft with what it costs."""
-        cost, let_go = replay(self.profile, draft, self.seconds), dict[str, int]()
-        for number in sorted(draft.dropped):
-            value = self.profile.values[number]
-            if value.needed:
-                call = self.profile.calls[value.made].name
-                let_go[call] = let_go.get(call, 0) + value.nbytes
+        cost, values = replay(self.profile, draft, self.seconds), self.profile.values
+
+        def rows(numbers: Iterable[int]) -> dict[str, int]:
+            found = dict[str, int]()
+            for value in (values[n] for n in sorted(numbers)):
+                if value.needed:
+                    call = self.profile.calls[value.made].name
+                    found[call] = found.get(call, 0) + value.nbytes
+            return found
+
         return Plan(
             write(self.profile, draft), self.fixed + self.whole.peak, self.fixed + cost.peak,
             (self.whole.inner, cost.inner), cost.seconds / (FORWARDS * sum(self.seconds.values()) or 1.0),
-            cost.flops, let_go,
+            cost.flops, rows(draft.dropped), rows(draft.moved),
         )  # fmt: skip
 
 
@@ -196,10 +209,12 @@ class Checkpoint(Pass):
         return study(program, self, points)
 
     def apply(self, program: Program, plan: Plan, driver: Any) -> None:
-        if not plan.schedule.dropped:
+        if not plan.let_go and not plan.moved:
             driver.refused(program.graph.output_node(), str(plan))
             return
         program.schedule = plan.schedule
         nodes = {n.name: n for n in program.graph.nodes}
         for call, nbytes in plan.let_go.items():
             driver.applied(nodes[call], f"{said(nbytes)} are computed again in backward")
+        for call, nbytes in plan.moved.items():
+            driver.applied(nodes[call], f"{said(nbytes)} are moved to the host until backward")
