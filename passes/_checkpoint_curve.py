@@ -276,8 +276,8 @@ def study(program: Program, checkpoint: Checkpoint, points: int) -> Study:
         notes.append(error.message)
     said_budget = str(checkpoint.budget or f"{checkpoint.max_overhead} of the step's time")
     return Study(
-        said_budget, plan, kept, again, moved, curve(step, planner, points), baselines(step, planner), largest,
-        formula, notes,
+        said_budget, plan, kept, again, moved, curve(step, planner, points), baselines(step, planner),
+        largest, formula, notes,
     )  # fmt: skip
 
 
