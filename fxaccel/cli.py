@@ -1,4 +1,4 @@
-"""The `fxaccel` command: passes, diff, explain, verify.
+"""The `fxaccel` command: passes, diff, explain, verify, plan.
 
 Exit codes: 0 nothing differs (or all is proved), 1 something differs (or a proof failed), 2 an error.
 """
@@ -26,6 +26,7 @@ from torch import nn
 import fxaccel
 from fxaccel.discover import available, resolve
 from fxaccel.errors import FxaccelError, OptionError
+from fxaccel.picture import drawable
 from fxaccel.report import PassReport, Site
 
 app = typer.Typer(
@@ -123,6 +124,39 @@ def verify(
     raise typer.Exit(0 if found.ok else 1)
 
 
+@app.command()
+def plan(
+    model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None,
+    budget: Annotated[
+        str | None, typer.Option(help="6GiB for the whole step, or 0.4 of its activations")
+    ] = None,
+    max_overhead: Annotated[
+        float | None, typer.Option(help="in its place: the most to compute again, a share of the step's time")
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="whose state counts: none, sgd, momentum, adam, adamw")
+    ] = "none",
+    points: Annotated[int, typer.Option(help="budgets on the curve")] = 20,
+    out: Annotated[Path | None, typer.Option(help="draw the curve: a file that ends in .svg or .png")] = None,
+    allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """What a training step keeps and computes again within a budget of memory, before anything runs."""
+    with _reported(debug):
+        cls: Any = available()["checkpoint"]
+        one = cls(budget=budget, max_overhead=max_overhead, optimizer=optimizer)
+        if out is not None:
+            drawable(out)
+        if any(isinstance(p, cls) for p in resolve(pass_)):
+            raise OptionError(f"--pass names {cls.name!r}, which this command plans", "say --budget")
+        fast = _accelerated(model, pass_, inputs, load, True, allow, check=False)
+        with _progress(f"planning {model}"):
+            found = one.study(_whole(fast), points)
+        if out is not None:
+            found.draw(out)
+        for line in [found.to_json()] if as_json else found.lines():
+            _say(line)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -133,7 +167,7 @@ def main() -> None:
 
 def _accelerated(
     name: str, pass_: list[str] | None, inputs: list[str] | None, load: list[Path] | None, train: bool,
-    allow: str,
+    allow: str, check: bool = True,
 ) -> Any:  # fmt: skip
     """The captured model that the command line describes."""
     _load(load)
@@ -148,7 +182,16 @@ def _accelerated(
         )
     with _progress(f"capturing {name}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what applied nowhere is in the report
-        return fxaccel.accelerate(model, pass_, example_inputs=example, allow=allow)
+        return fxaccel.accelerate(model, pass_, example_inputs=example, allow=allow, check=check)
+
+
+def _whole(fast: Any) -> Any:
+    """The one program that an accelerated model is."""
+    (captured,) = fast.__dict__["_fxaccel"].all
+    program = getattr(captured, "program", None)
+    if program is None:
+        raise OptionError(f"the model was captured in pieces, which have no one step: {captured.report}")
+    return program
 
 
 def _model(name: str) -> tuple[nn.Module, Any]:

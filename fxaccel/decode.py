@@ -29,7 +29,7 @@ from fxaccel.module import AcceleratedModule, wrap
 from fxaccel.pieces import Pieces
 from fxaccel.proof import Claim, Fragment, Manifest, Proof
 from fxaccel.report import Report
-from fxaccel.schedule import Again, Schedule
+from fxaccel.schedule import Again, Moved, Schedule
 from fxaccel.session import Capture, Session, Settings
 from fxaccel.structure import Given, Kept, Opened, Structure
 
@@ -147,9 +147,11 @@ def _load_schedule(data: dict[str, Any] | None, nodes: set[str]) -> Schedule | N
         Again(one["before"], tuple(one["nodes"]), tuple((value, until) for value, until in one["held"]))
         for one in data["again"]
     ]
-    schedule = Schedule(tuple(data["dropped"]), tuple(again))
-    held = {value for one in again for value, _ in one.held}
-    if not nodes.issuperset(schedule.nodes()) or not held.issubset(schedule.dropped):
+    moved = [Moved(one["value"], one["fetch"], one["until"]) for one in data.get("moved", ())]
+    schedule = Schedule(tuple(data["dropped"]), tuple(again), tuple(moved))
+    held, away = {value for one in again for value, _ in one.held}, {one.value for one in moved}
+    apart = away.isdisjoint(schedule.dropped) and len(away) == len(moved)
+    if not nodes.issuperset(schedule.nodes()) or not held.issubset(schedule.dropped) or not apart:
         raise ValueError("the schedule is not of this graph")
     return schedule
 

@@ -143,6 +143,9 @@ def _line(program: Program, namer: Namer, node: fx.Node) -> Line:
 
 
 def _kept(program: Program, node: fx.Node) -> list[str]:
-    """What a schedule says of the results of a node: they are not kept for backward."""
-    dropped = () if program.schedule is None else program.schedule.dropped
-    return ["not kept"] if not {*_results(node), node.name + HIDDEN}.isdisjoint(dropped) else []
+    """What a schedule says of the results of a node: they are not kept for backward, or not on the device."""
+    if program.schedule is None:
+        return []
+    made, moved = {*_results(node), node.name + HIDDEN}, {one.value for one in program.schedule.moved}
+    kept = ["not kept"] * (not made.isdisjoint(program.schedule.dropped))
+    return [*kept, *["moved to the host"] * (not made.isdisjoint(moved))]

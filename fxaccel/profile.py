@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +32,7 @@ from fxaccel.memory import Ledger, key
 from fxaccel.recompute import Run, Timetable
 from fxaccel.schedule import HIDDEN, Schedule
 
+W = TypeVar("W", bound="Watch")
 FREE = -1  # the value that stands for parameters, buffers, constants and inputs: they are there anyway
 
 
@@ -119,7 +120,12 @@ def profile(program: Program) -> Profile:
 
     Raises RuleError where the graph cannot be run without data.
     """
-    watch = _Watch(program)
+    return watched(program, Watch).profile()
+
+
+def watched(program: Program, kind: Callable[[Program], W]) -> W:
+    """A watch of this kind that has seen the step."""
+    watch = kind(program)
     fakes = _Fakes(watch.meter)
     with fakes:
         given = {n: _fake(n, program) for n in program.graph.find_nodes(op="placeholder")}
@@ -142,7 +148,7 @@ def profile(program: Program) -> Profile:
             ) from error
         watch.shown(outputs)
         watch.backward(outputs)
-    return watch.profile(parameter_bytes(program))
+    return watch
 
 
 class _Tree:
@@ -171,7 +177,7 @@ def _fake(node: fx.Node, program: Program) -> Tensor:
 class _Emitter(scheduled.Emitter):
     """Code that tells a watch of every call and every result."""
 
-    def __init__(self, program: Program, watch: _Watch) -> None:
+    def __init__(self, program: Program, watch: Watch) -> None:
         super().__init__(replace(program, schedule=Schedule(), _facts=program._facts))
         self.start = watch
 
@@ -243,7 +249,7 @@ class _Ledger(Ledger):
         super().freed(at)
 
 
-class _Watch(Run):
+class Watch(Run):
     """A run that keeps everything and notes what becomes of it. Called, it is its own run."""
 
     def __init__(self, program: Program) -> None:
@@ -259,7 +265,7 @@ class _Watch(Run):
         self.present = self.grads = self.before = 0
         self.returning = False
 
-    def __call__(self, table: Timetable) -> _Watch:
+    def __call__(self, table: Timetable) -> Watch:
         return self
 
     # -- forward ----------------------------------------------------------------------------------
@@ -368,7 +374,7 @@ class _Watch(Run):
 
     # -- the result -------------------------------------------------------------------------------
 
-    def profile(self, state: int) -> Profile:
+    def profile(self) -> Profile:
         """What has been seen, with what each call reads and costs."""
         writers, costs = self.program.facts(written), dict[str, tuple[int, int]]()
         for index, node in enumerate(self.nodes):
@@ -384,6 +390,7 @@ class _Watch(Run):
             call.again = can_again(node, read, writers)
             call.flops, call.nbytes = self.cost(node, costs)
         inputs = {n.name: [a.name for a in scheduled.reads(n)] for n in self.nodes if n.op == "call_function"}
+        state = parameter_bytes(self.program)
         return Profile(self.values, self.calls, self.roots, inputs, state, self.grads)
 
     def cost(self, node: fx.Node, known: dict[str, tuple[int, int]]) -> tuple[int, int]:

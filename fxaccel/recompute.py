@@ -11,6 +11,9 @@ holds saved tensors, and recipes of other values. The slot knows the recipe of i
 computed from. So all of it lives until the last reader is gone, whichever results backward begins at, and
 with `retain_graph=True` a second backward finds it there. The value itself is let go earlier, by the
 timetable, when backward has come past its last reader, and can be computed once more.
+
+A value that is moved to the host (`move`) has a slot with a copy there. The copy is made when autograd first
+saves the value, and stays as long as the slot; on the device there is one only for a part of backward.
 """
 
 from __future__ import annotations
@@ -27,22 +30,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from fxaccel.memory import key
+from fxaccel.offload import Host, Layout, Mover
 
 Function = Callable[..., None]
 """(run, *given): computes values again and fills slots with them."""
 
 
 class Timetable(NamedTuple):
-    """When values that are computed again come and go; steps are counted along the forward graph.
+    """When values that are not kept come and go; steps are counted along the forward graph.
 
-    fills    step -> the slots that are filled before its backward
-    takes    step -> the slots that are read to fill them
-    frees    (step, slot): once backward is before `step`, the slot is empty; in the order of backward
+    fills      step -> the slots that are filled before its backward
+    takes      step -> the slots that are read to fill them
+    frees      (step, slot): once backward is before `step`, the slot is empty; in the order of backward
+    fetches    (step, until, slot): once backward is at `step` or before, but not before `until`, the value
+               is on its way back from the host; in the order of backward
     """
 
     fills: Mapping[int, Sequence[int]]
     takes: Mapping[int, Sequence[int]]
     frees: Sequence[tuple[int, int]]
+    fetches: Sequence[tuple[int, int, int]] = ()
 
 
 class Slot:
@@ -53,6 +60,35 @@ class Slot:
     def __init__(self) -> None:
         self.value: Any = None
         self.recipes: list[Recipe] = []
+
+    def free(self) -> None:
+        """Let the value go."""
+        self.value = None
+
+
+class Away(Slot):
+    """The slot of a value that is moved to the host; `host` is None until somebody is to read it."""
+
+    __slots__ = ("host", "layout", "mover")
+
+    def __init__(self, tensor: Tensor, mover: Mover) -> None:
+        super().__init__()
+        self.layout, self.mover = Layout.of(tensor), mover
+        self.host: Host | None = None
+
+    def leave(self, tensor: Tensor, step: int) -> None:
+        """Begin the copy to the host, if the one there is not of what the storage holds now."""
+        if self.host is None or self.host.version != tensor._version:
+            self.host = self.mover.leave(tensor, step)
+
+    def over(self, layout: Layout) -> Tensor:
+        """What lies so in its storage, on the device."""
+        assert self.host is not None, "who reads it had it copied"
+        return layout.over(self.host.storage())
+
+    def free(self) -> None:
+        if self.host is not None:
+            self.host.free()
 
 
 class Recipe:
@@ -109,10 +145,18 @@ class Saved:
 
     def let_go(self, slot: Slot, part: int = 0) -> None:
         """Keep a note in the place of the tensor."""
-        t = self.tensor
-        self.slot, self.part = slot, part
-        self.layout = (t.dtype, t.size(), t.stride(), t.storage_offset())
-        del self.tensor
+        self.slot, self.part, self.layout = slot, part, Layout.of(self.tensor)
+        if isinstance(slot, Away):
+            slot.leave(self.tensor, self.step.index)
+            self.tensor.data = self.tensor.new_empty(0)  # it still says how often its storage is written to
+        else:
+            del self.tensor
+
+    def check(self) -> None:
+        """Raise where the tensor has been written to since it was saved."""
+        if self.tensor._version != self.version:
+            layout = self.layout or Layout.of(self.tensor)
+            raise RuntimeError(_written(layout.dtype, layout.size, self.tensor._version, self.version))
 
 
 class Run:
@@ -121,22 +165,26 @@ class Run:
     def __init__(self, table: Timetable) -> None:
         self.table = table
         self.slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
-        self.place, self.freed = -1, 0  # where backward is, and how many of table.frees have been done
+        self.place = -1  # where backward is
+        self.freed = self.fetched = 0  # how many of table.frees and table.fetches have been done
         self.step = Step(-1)
         self.opened: list[Slot] = []
         self.fresh: list[Saved] = []  # of the present step, not told yet from its arguments and results
-        self.known: dict[int, Slot] = {}  # storages of dropped values
+        self.known: dict[int, Slot] = {}  # storages of values that are not kept
+        self.mover, self.saves = Mover(), True
         self.watched: list[StorageWeakRef] = []  # so that no new storage takes the place of one of them
         self.learning: dict[int, list[bool]] = {}
         self.autocast = ambient()
         self.hooks = saved_tensors_hooks(self.pack, self.unpack)
 
     def __enter__(self) -> None:
+        self.saves = torch.is_grad_enabled()
         self.hooks.__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         self.hooks.__exit__(*exc)
         self.fresh, self.watched, self.known, self.opened = [], [], {}, []
+        self.mover.left()
         del self.hooks, self.step
 
     # -- forward ----------------------------------------------------------------------------------
@@ -153,6 +201,7 @@ class Run:
             self.opened = slots  # until the call has saved what it reads of them
         self.step = Step(index, recipe)
         self.fresh.clear()
+        self.mover.left(index)
 
     def slot(self, number: int) -> Slot:
         """The slot of this number."""
@@ -169,7 +218,17 @@ class Run:
 
     def drop(self, number: int, value: Tensor) -> None:
         """Keep nothing of this result of the present call; a slot will hold it when it is made again."""
-        slot = self.slot(number)
+        self.replace(value, self.slot(number))
+
+    def move(self, number: int, value: Tensor) -> None:
+        """Keep this result of the present call in the host's memory."""
+        slot = self.slots[number] = Away(value, self.mover)
+        if self.saves and any(number in taken for taken in self.table.takes.values()):
+            slot.leave(value, self.step.index)  # what is computed again reads it, whatever autograd saves
+        self.replace(value, slot)
+
+    def replace(self, value: Tensor, slot: Slot) -> None:
+        """Whatever autograd saves of the storage is a note of the slot."""
         storage = value.untyped_storage()
         self.known[storage._cdata] = slot
         self.watched.append(StorageWeakRef(storage))
@@ -203,31 +262,31 @@ class Run:
         """The tensor that `pack` was given, or one that is equal to it."""
         self.arrive(saved.step.index)
         if saved.slot is None:
-            if saved.tensor._version != saved.version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace "
-                    f"operation: {saved.tensor.dtype} {list(saved.tensor.shape)} is at version "
-                    f"{saved.tensor._version}; expected version {saved.version}"
-                )
+            saved.check()
             return saved.tensor
+        if isinstance(saved.slot, Away):
+            saved.check()
+            return saved.slot.over(saved.layout)
         made = self.find(saved.slot, saved.step.index)
         made = made[saved.part] if isinstance(made, list) else made
-        dtype, size, stride, offset = saved.layout
-        if made.dtype is dtype and (made.size(), made.stride(), made.storage_offset()) == saved.layout[1:]:
-            return made
-        whole = made if made.dtype is dtype else made.view(dtype)
-        return whole.as_strided(size, stride, offset)
+        return made if Layout.of(made) == saved.layout else saved.layout.over(made)
 
     def arrive(self, index: int) -> None:
-        """Backward has come to a step: what only later steps read is let go."""
+        """Backward has come to a step: what only later steps read is let go, what is read soon comes back."""
         if index > self.place:  # another backward begins
-            self.freed = 0
-        self.place, frees = index, self.table.frees
+            self.freed = self.fetched = 0
+        self.place, frees, fetches = index, self.table.frees, self.table.fetches
         while self.freed < len(frees) and frees[self.freed][0] > index:
             slot = self.slots.get(frees[self.freed][1])
             if slot is not None:
-                slot.value = None
+                slot.free()
             self.freed += 1
+        while self.fetched < len(fetches) and fetches[self.fetched][0] >= index:
+            _, until, number = fetches[self.fetched]
+            slot = self.slots.get(number)
+            if isinstance(slot, Away) and slot.host is not None and until <= index:
+                slot.host.begin()
+            self.fetched += 1
 
     def need(self, number: int, index: int) -> Any:
         """What a slot of this number holds, computed now if it is empty, before the backward of a step."""
@@ -235,6 +294,8 @@ class Run:
 
     def find(self, slot: Slot, index: int) -> Any:
         """What a slot holds, computed now if it is empty, by what comes first before a step."""
+        if isinstance(slot, Away):
+            return slot.over(slot.layout)
         if slot.value is None:
             one = min((r for r in slot.recipes if r.index >= index), key=lambda r: r.index, default=None)
             if one is None:
@@ -244,11 +305,7 @@ class Run:
                 )
             for given, version in zip(one.given, one.versions, strict=True):
                 if _version(given) != version:
-                    raise RuntimeError(
-                        "one of the variables needed for gradient computation has been modified by an "
-                        f"inplace operation: {given.dtype} {list(given.shape)} is at version "
-                        f"{given._version}; expected version {version}"
-                    )
+                    raise RuntimeError(_written(given.dtype, given.shape, given._version, version))
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 for mode in self.autocast:
@@ -284,6 +341,13 @@ class Run:
 def _version(given: Any) -> int:
     """How often a tensor has been written to."""
     return given._version if isinstance(given, Tensor) and not given.is_inference() else 0
+
+
+def _written(dtype: torch.dtype, size: Sequence[int], version: int, expected: int) -> str:
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{dtype} {list(size)} is at version {version}; expected version {expected}"
+    )
 
 
 def _never(saved: Any) -> Tensor:

@@ -123,7 +123,7 @@ def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None =
         live = alive_backward[step]
         program = draft.again.get(step)
         if program is not None:
-            most, left = _program(profile, program, found.held[step])
+            most, left = program_bytes(profile, program, {v for v, _ in found.held[step]})
             peak, inner = max(peak, live + most + call.rest), max(inner, live + most + call.rest - call.grads)
             live += left
             flops += sum(calls[c].flops for c in program)
@@ -132,40 +132,39 @@ def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None =
     return Replayed(peak, inner, flops, spent)
 
 
-def _program(profile: Profile, program: Sequence[int], held: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The most bytes that a program takes, and those that it leaves behind."""
+def program_bytes(profile: Profile, program: Sequence[int], held: Collection[int]) -> tuple[int, int]:
+    """The most bytes that computing these calls takes, and those of the values that it leaves behind."""
     values = profile.values
-    kept: set[int | None] = {v for v, _ in held}
     last = {v: c for c in program for v in profile.calls[c].reads}
     live = most = 0
     dead: dict[int, int] = {}
     for call in program:
         one = profile.calls[call]
         most = max(most, live + one.takes)
-        for number in results(profile, call) if one.hides in kept else one.makes:
+        for number in results(profile, call) if one.hides in held else one.makes:
             live += values[number].nbytes
-            if number not in kept:
+            if number not in held:
                 until = max(last.get(number, call), call)
                 dead[until] = dead.get(until, 0) + values[number].nbytes
         most = max(most, live)
         live -= dead.pop(call, 0)
-    return most, sum(values[v].nbytes for v, _ in held)
+    return most, sum(values[v].nbytes for v in held)
 
 
 def lazily(
     profile: Profile,
     dropped: Collection[int],
     part: Mapping[int, int] | None = None,
-    posts: Collection[int] = (),
+    posts: Mapping[int, int] | None = None,
 ) -> Draft:
     """The draft that computes every dropped value when it is first needed, and holds it as long as it is.
 
     part    call -> number of the part of the graph that it lies in: what is computed on the way in another
             part than that of the reader is let go, and computed again when backward comes there
-    posts   values that are held nevertheless
+    posts   value -> the last part from which on it is held nevertheless
     """
     values, calls = profile.values, profile.calls
-    ready = set[int]()
+    ready, place, posts = set[int](), part or {}, posts or {}
     again: dict[int, list[int]] = {}
     needs = needed(profile, dropped)
     for step in sorted(needs, reverse=True):
@@ -179,8 +178,9 @@ def lazily(
         if program:
             again[step] = sorted(program)
             for c in program:
-                stays = part is None or part[c] == part[step]
-                ready.update(v for v in results(profile, c) if v in dropped and (stays or v in posts))
+                stays = place.get(c) == place.get(step)
+                made = (v for v in results(profile, c) if v in dropped)
+                ready.update(v for v in made if stays or place[step] <= posts.get(v, -1))
     return Draft(frozenset(dropped), again)
 
 

@@ -1,4 +1,4 @@
-"""Which values of a training step autograd keeps, and which are computed again.
+"""Which values of a training step autograd keeps, which are computed again, which lie in the host's memory.
 
 Values are storages, named after the node that makes them; "name!" is what the call `name` saves for its
 backward besides its arguments and results (the mask of a dropout, the logsumexp of attention). Backward
@@ -28,18 +28,36 @@ class Again:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """A value that lies in the host's memory between forward and backward.
+
+    value    its name; what a call hides is not moved
+    fetch    the call before whose backward the copy back begins
+    until    the call whose backward is the last to read it
+    """
+
+    value: str
+    fetch: str
+    until: str
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A plan for the memory of one training step.
 
     dropped    values that autograd does not keep, in the order of the graph
     again      what is computed in their place, in the order of backward
+    moved      values that are moved to the host; none of them is dropped
     """
 
     dropped: tuple[str, ...] = ()
     again: tuple[Again, ...] = ()
+    moved: tuple[Moved, ...] = ()
 
     def nodes(self) -> Iterator[str]:
         """Names of all nodes that are named."""
+        for move in self.moved:
+            yield from (move.value, move.fetch, move.until)
         yield from (value.removesuffix(HIDDEN) for value in self.dropped)
         for one in self.again:
             yield from (one.before, *one.nodes)

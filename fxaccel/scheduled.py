@@ -13,6 +13,7 @@
             y = linear(gelu, ...)
         return [y]
 
+A value that is moved to the host has `run.move` in the place of `run.drop`, and no function that makes it.
 fxaccel.recompute holds what runs.
 """  # noqa: E501
 
@@ -46,7 +47,8 @@ class Emitter(emit.Emitter):
         nodes = list(program.graph.nodes)
         self.node = {n.name: n for n in nodes}
         self.index = {n.name: i for i, n in enumerate(nodes)}
-        self.slot = {name: i for i, name in enumerate(self.schedule.dropped)}
+        self.moved = {one.value: one for one in self.schedule.moved}
+        self.slot = {name: i for i, name in enumerate([*self.schedule.dropped, *self.moved])}
         self.again = {self.node[one.before]: Part(self, one) for one in self.schedule.again}
         self.run = self.local("run")
         self.start: Any = Run
@@ -71,8 +73,13 @@ class Emitter(emit.Emitter):
         fills = {i: [self.slot[value] for value, _ in part.one.held] for i, part in again.items()}
         takes = {i: [self.slot[n.name] for n in part.taken_up] for i, part in again.items()}
         held = [one for part in again.values() for one in part.one.held]
+        held += [(one.value, one.until) for one in self.schedule.moved]
         frees = sorted(((self.index[until], self.slot[value]) for value, until in held), reverse=True)
-        return Timetable(fills, takes, frees)
+        fetches = sorted(
+            ((self.index[m.fetch], self.index[m.until], self.slot[m.value]) for m in self.schedule.moved),
+            reverse=True,
+        )
+        return Timetable(fills, takes, frees, fetches)
 
     def regions(self, node: fx.Node) -> tuple[Region, ...]:
         return tuple(
@@ -98,7 +105,7 @@ class Emitter(emit.Emitter):
         return [*lines, f"{self.run}.at({', '.join(words)})"]
 
     def after(self, node: fx.Node) -> Iterable[str]:
-        """What autograd is not to keep of the call."""
+        """What autograd is not to keep of the call, and what lies in the host's memory."""
         name = self.names[node]
         if not node.users:
             return  # the result has no name, and no gradient
@@ -112,7 +119,8 @@ class Emitter(emit.Emitter):
         own = [(node, name)] if node.target is not operator.getitem else []
         for value, text in [*own, *results]:
             if value.name in self.slot:
-                yield f"{self.run}.drop({self.slot[value.name]}, {text})"
+                word = "move" if value.name in self.moved else "drop"
+                yield f"{self.run}.{word}({self.slot[value.name]}, {text})"
 
 
 class Part(emit.Emitter):

@@ -83,9 +83,9 @@ class TrainingStep:
     fixed: int
 
     @classmethod
-    def of(cls, program: Program, optimizer: str) -> TrainingStep:
-        """Of the step at the sizes that the program was captured with."""
-        found = profile(program)
+    def of(cls, program: Program, optimizer: str, found: Profile | None = None) -> TrainingStep:
+        """Of the step at the sizes that the program was captured with, or with the profile at others."""
+        found = found or profile(program)
         weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
         first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
         seconds = roofline(first.device, first.dtype).seconds(found)
@@ -142,6 +142,8 @@ class Checkpoint(Pass):
     max_overhead   in the place of a budget: the most to compute again, as a share of the time of forward and
                    backward; the smallest peak that it buys is taken
     optimizer      whose state counts: none, sgd, momentum, adam, adamw
+    exact          the plan of least time there is, by an integer program, for steps of up to 60 calls: it
+                   can take a minute, and takes scipy
     """
 
     name = "checkpoint"
@@ -152,34 +154,46 @@ class Checkpoint(Pass):
     budget: str | float | None = None
     max_overhead: float | None = None
     optimizer: str = "none"
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in STATES:
             raise OptionError(f"optimizer is {self.optimizer!r}, expected one of {', '.join(STATES)}")
         if (self.budget is None) == (self.max_overhead is None):
             raise OptionError("checkpoint takes a budget or max_overhead, one of the two", 'as budget="6GiB"')
+        if self.exact and self.budget is None:
+            raise OptionError("an exact plan is one for a budget", 'as budget="6GiB"')
         if self.budget is not None:
             read(self.budget)
         elif not isinstance(self.max_overhead, (int, float)) or not 0 <= self.max_overhead < math.inf:
             raise OptionError(f"max_overhead is {self.max_overhead!r}, expected a share from 0, as 0.1")
 
     def plan(self, program: Program) -> Plan:
-        step = TrainingStep.of(program, self.optimizer)
+        return self.for_step(TrainingStep.of(program, self.optimizer))
+
+    def for_step(self, step: TrainingStep) -> Plan:
+        """The plan of a step; OptionError where the budget cannot be kept."""
         if self.budget is None:
             most = float(self.max_overhead or 0.0) * FORWARDS * sum(step.seconds.values())
             return step.planned(step.planner(share=False).within(most))
         amount, bytes_asked = read(self.budget)
         planner = step.planner(share=not bytes_asked)
         limit = amount - step.fixed if bytes_asked else amount * step.whole.inner
-        found = planner.plan(int(limit))
+        found = planner.optimum(int(limit)) if self.exact else planner.plan(int(limit))
         if found is None:
-            least = planner.smallest()
+            least = planner.smallest
             smallest = said(step.fixed + least) if bytes_asked else f"{least / step.whole.inner:.3f}"
             raise OptionError(
                 f"the budget of {self.budget} cannot be kept, the smallest that can is {smallest}",
                 "a smaller batch or a shorter sequence takes less",
             )
         return step.planned(found)
+
+    def study(self, program: Program, points: int) -> Any:
+        """The plan for a program and so many others beside it: passes/_checkpoint_curve.py."""
+        from fxaccel.passes._checkpoint_curve import study  # which plans by what is here
+
+        return study(program, self, points)
 
     def apply(self, program: Program, plan: Plan, driver: Any) -> None:
         if not plan.schedule.dropped:

@@ -127,7 +127,7 @@ def test_a_part_of_its_own_lets_go_of_what_was_on_the_way(chain):
     tanh, tanh_1 = call(chain, "tanh"), call(chain, "tanh_1")
     draft = lazily(chain.profile, dropped, parts)
     assert draft.again == {last: [first, tanh, second, tanh_1], second: [first, tanh], tanh: [first, tanh]}
-    kept = lazily(chain.profile, dropped, parts, {chain.number["tanh"]})
+    kept = lazily(chain.profile, dropped, parts, {chain.number["tanh"]: 1})
     assert kept.again == {last: [first, tanh, second, tanh_1]}
     for one in (draft, kept):
         made = write(chain.profile, one)

@@ -46,7 +46,8 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder, (out / "gpu.log").open("w") as log:
         path = os.pathsep.join([str(lay_out(Path(folder))), str(HERE), os.environ.get("PYTHONPATH", "")])
-        commands = [[sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(ROOT / "tests" / "kernels")]]
+        tests = [str(ROOT / "tests" / name) for name in ("kernels", "test_offload_memory.py")]
+        commands = [[sys.executable, "-m", "pytest", "-m", "gpu", "-q", *tests]]
         if not options.tests_only:
             commands += [[sys.executable, str(bench)] for bench in BENCHES]
         for command in commands:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fxaccel.errors import OptionError
+from fxaccel.picture import canvas, drawable, saved
 from fxaccel.pipeline.simulator import Event, Simulated
 
 IDLE = "."
 COLOURS = {"F": "#4c78a8", "B": "#54a24b", "I": "#72b7b2", "W": "#f58518"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}
-ENDINGS = (".svg", ".png")
 
 
 def lines(simulated: Simulated, width: int = 100) -> list[str]:
@@ -53,19 +53,11 @@ def _chunk(simulated: Simulated, event: Event) -> int:
 def picture(simulated: Simulated, path: str | Path) -> None:
     """Write the timeline to a file, .svg or .png; a rank's later stages are paler."""
     path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise OptionError(f"expected a file name that ends in {' or '.join(ENDINGS)}, came {path.name}")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            "expected matplotlib to draw the timeline, came no such package",
-            "pip install 'fxaccel[picture]', or take lines()",
-        ) from error
+    drawable(path)
+    from matplotlib.patches import Patch
+
     ranks = len(simulated.memory)
-    figure = Figure(figsize=(12, 1.5 + 0.45 * ranks), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = canvas(12, 1.5 + 0.45 * ranks)
     for event in simulated.events:
         length = event.end - event.start
         pale = 1 / (1 + _chunk(simulated, event))
@@ -87,4 +79,4 @@ def picture(simulated: Simulated, path: str | Path) -> None:
     axes.set_xlabel("seconds")
     axes.set_title(f"{simulated.order.schedule}: bubble {simulated.bubble:.1%}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    saved(figure, path)

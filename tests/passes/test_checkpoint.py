@@ -249,6 +249,23 @@ def test_an_impossible_budget_is_refused_with_the_smallest_that_is_not():
     assert fast.report()["checkpoint"].applied
 
 
+def test_an_exact_plan_takes_the_least_time():
+    near, least = (trained(Stack(1), [Checkpoint(budget=0.7, exact=exact)]) for exact in (False, True))
+    plain = trained(Stack(1), [])
+    for fast in (near, least, plain):
+        step(fast, {"x": X})
+    times = [float(re.search(r"again takes (\S+) %", plan_of(fast))[1]) for fast in (least, near)]
+    assert 0 < times[0] < times[1]
+    assert step(least, {"x": X})[0] <= 0.71 * step(plain, {"x": X})[0]
+    equal(step(least, {"x": X})[1], step(plain, {"x": X})[1])
+
+
+def test_steps_too_long_for_an_exact_plan_are_refused():
+    fast = trained(Stack(8), [Checkpoint(budget=0.6, exact=True)], strict=True)
+    with pytest.raises(OptionError, match="exact plans are for steps of up to 60 calls, this one has"):
+        fast(X)
+
+
 def test_inference_keeps_nothing_anyway():
     fast = fxaccel.accelerate(Stack(), ["checkpoint{budget=0.4}"]).eval()
     with pytest.warns(UserWarning, match="serves training only"), torch.no_grad():
@@ -286,6 +303,7 @@ def test_what_cannot_be_computed_again_is_kept():
         ({"budget": 1.5}, "expected bytes or a share of the activation memory"),
         ({"budget": "-1GiB"}, "expected bytes or a share of the activation memory"),
         ({"max_overhead": -0.1}, "max_overhead is -0.1, expected a share from 0"),
+        ({"max_overhead": 0.1, "exact": True}, "an exact plan is one for a budget"),
         ({"budget": 0.4, "optimizer": "lion"}, "optimizer is 'lion', expected one of none, sgd"),
     ],
 )
