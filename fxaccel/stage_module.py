@@ -43,7 +43,7 @@ class TensorMeta:
 
 
 class StageModule(nn.Module):
-    """What one stage computes: takes the tensors `receives` tell of, returns a tuple of those of `sends`.
+    """What one stage computes: takes the tensors that `receives` tells of, returns those of `sends`.
 
     number, count    which stage it is, and of how many; the first takes the tensors of a call of the model,
                      the last returns those of its result, in their order
@@ -72,17 +72,22 @@ class StageModule(nn.Module):
             owner = owner.get_submodule(part)
         return owner
 
-    def run(self, code: Code) -> None:
-        """Bind the function of this stage in the code of the whole model."""
+    def bind(self, code: Code) -> None:
+        """Take the function of this stage from the code of the whole model."""
         modules = dict(self.named_modules())
         absent = SimpleNamespace(_parameters={}, _buffers={})
         tree: Any = SimpleNamespace(get_submodule=lambda path: modules.get(path, absent))
         self.__dict__["_run"] = code.bind(tree, f"<fxaccel stage {self.number}>")[name_of(self.number)]
 
-    def forward(self, *received: Tensor) -> tuple[Tensor, ...]:
-        """What the stage sends: contiguous, as other processes take it."""
-        made = self.__dict__["_run"](*received)
-        return tuple(t.contiguous() for t in made if isinstance(t, Tensor))
+    def forward(self, *received: Tensor) -> tuple[Tensor, ...] | Tensor:
+        """What the stage sends; of the last one the result, if that is one tensor."""
+        sent = _sent(self.__dict__["_run"](*received))
+        return sent[0] if self.number == self.count - 1 and len(sent) == 1 else sent
+
+
+def _sent(made: Any) -> tuple[Tensor, ...]:
+    """The tensors among what a stage returns: contiguous, as other processes take them."""
+    return tuple(t.contiguous() for t in made if isinstance(t, Tensor))
 
 
 def stage_modules(model: AcceleratedModule, *args: Any, **kwargs: Any) -> list[StageModule]:
@@ -98,7 +103,7 @@ def stage_modules(model: AcceleratedModule, *args: Any, **kwargs: Any) -> list[S
     made = [StageModule(i, len(found), {n: state[n] for n in own}) for i, own in enumerate(names)]
     flow = _flow(one, found, state, example.tensors)
     for stage, receives, sends in zip(made, flow[:-1], flow[1:], strict=True):
-        stage.run(one.code)
+        stage.bind(one.code)
         stage.receives, stage.sends = receives, sends
     return made
 
@@ -161,18 +166,17 @@ def _flow(
     code = replace(one.code, constants={k: fake(v) for k, v in one.code.constants.items()})
     whole = {n: fake(v) for n, v in state.items()}
     values: Any = [fake(t) for t in given]
-    told = [_told(found[0].receives, values)]
+    told, functions = [_told(found[0].receives, values)], _functions(code, whole)
     with fakes, torch.enable_grad():
         for i, part in enumerate(found):
-            stage = StageModule(i, len(found), {})
-            _bind_fake(stage, code, whole)
-            values = stage(*values)
+            values = _sent(functions[name_of(i)](*values))
             outputs = part.sends or _tensor_outputs(one.program)
             told.append(_told(outputs, values))
     return told
 
 
-def _bind_fake(stage: StageModule, code: Code, state: dict[str, Any]) -> None:
+def _functions(code: Code, state: dict[str, Any]) -> dict[str, Any]:
+    """The functions of the code over tensors that are in no module."""
     tables: dict[str, SimpleNamespace] = {}
     for name, value in state.items():
         path, _, key = name.rpartition(".")
@@ -182,7 +186,7 @@ def _bind_fake(stage: StageModule, code: Code, state: dict[str, Any]) -> None:
         else:
             table._parameters[key] = value
     tree: Any = SimpleNamespace(get_submodule=tables.__getitem__)
-    stage.__dict__["_run"] = code.bind(tree, "<fxaccel stage>")[name_of(stage.number)]
+    return code.bind(tree, "<fxaccel stages>")
 
 
 def _tensor_outputs(program: Program) -> tuple[fx.Node, ...]:

@@ -365,6 +365,7 @@ def test_stages_taken_out_in_turn_are_the_step(name):
             for stage in taken:
                 assert [(t.shape, t.dtype) for t in stage.receives] == [(v.shape, v.dtype) for v in values]
                 values = stage(*values)
+                values = (values,) if isinstance(values, torch.Tensor) else values
                 assert [t.requires_grad for t in stage.sends] == [v.requires_grad for v in values]
             return values
 
