@@ -138,10 +138,11 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 def _names(model: nn.Module, program: Program, found: list[Part]) -> list[list[str]]:
     """Names of what each stage holds: what it reads, by all of its names; the first also what none reads."""
-    alike = {name: group for group in ties(model) for name in group}
+    alike, shown = {name: group for group in ties(model) for name in group}, program.graph.output_node()
     read = []
     for part in found:
-        reads = dict.fromkeys(a for n in part.nodes if n not in part.sizes for a in n.all_input_nodes)
+        calls = [n for n in part.nodes if n not in part.sizes] + [shown] * (part is found[-1])
+        reads = dict.fromkeys(a for n in calls for a in n.all_input_nodes)
         slots = [program.state[n.name] for n in reads if n.name in program.state]
         names = [s.name for s in slots if s.kind != "constant"]
         read.append(list(dict.fromkeys(m for n in names for m in alike.get(n, (n,)))))

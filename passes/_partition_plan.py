@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import networkx as nx
+import torch
 from torch import fx
 
-from fxaccel.effects import has_effect, learned, mutated_arguments, written
+from fxaccel.effects import aliased_arguments, has_effect, learned, mutated_arguments, written
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, is_tensor
 from fxaccel.pipeline.balance import Balanced, Node, balance
@@ -23,6 +24,7 @@ from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import Profile
 from fxaccel.stages import again, closure, leaves, nbytes
 
+_AS_STRIDED = torch.ops.aten.as_strided.default
 FORWARDS = 3  # forwards that a step takes where gradients flow: backward is two
 
 
@@ -163,6 +165,8 @@ def _together(step: Step) -> Iterator[tuple[list[fx.Node], str]]:
         elif not is_tensor(node.meta["val"]):
             readers = [n for n in step.calls if node in step.wants(n)]
             yield [node, *readers], "they read a number that is made of data"
+        if node.target is _AS_STRIDED:
+            yield _owners(node), "they read one storage by its strides"
     yield from _around_writes(step)
     regions: dict[object, list[fx.Node]] = {}
     for node in step.calls:
@@ -172,6 +176,14 @@ def _together(step: Step) -> Iterator[tuple[list[fx.Node], str]]:
     for region, nodes in regions.items():
         if 2 * len(nodes) <= len(step.calls):  # one around most of the step is entered by each stage
             yield nodes, f"they are in the region {region}"
+
+
+def _owners(node: fx.Node) -> list[fx.Node]:
+    """A call and those whose storage it may share, up to the one that made it."""
+    found = [node]
+    while shared := aliased_arguments(found[-1]):
+        found.append(shared[0])
+    return found[::-1]
 
 
 def _around_writes(step: Step) -> Iterator[tuple[list[fx.Node], str]]:

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxaccel
+from fxaccel.passes import Partition
+
 W = 8
 
 
@@ -179,3 +182,34 @@ def made(name):
     cls, inputs, stages = MODELS[name]
     torch.manual_seed(0)
     return cls().double().train(), inputs(), stages
+
+
+def cut(model, args, check=True, **options):
+    fast = fxaccel.accelerate(model, [Partition(**options)], check=check, strict=True)
+    fast(*args)
+    return fast
+
+
+def seen(model, args):
+    """Results, gradients and buffers of a step, and the random number that comes next."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    kept = {n: b.clone() for n, b in model.named_buffers()}
+    torch.manual_seed(5)
+    results = [t for t in torch.utils._pytree.tree_leaves(model(*args)) if isinstance(t, torch.Tensor)]
+    sum(t.square().sum() for t in results if t.requires_grad).backward()
+    forward = [*results, *(b.clone() for b in model.buffers()), torch.rand(1)]
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
+    return [t.detach() for t in forward], {n: p.grad for n, p in model.named_parameters()}
+
+
+def agree(got, want):
+    """Forward bit for bit, gradients up to the order of a sum."""
+    assert all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        if gradient is None:
+            assert got[1][name] is None
+        else:
+            torch.testing.assert_close(got[1][name], gradient, rtol=1e-12, atol=1e-14)

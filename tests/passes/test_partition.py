@@ -19,13 +19,7 @@ from fxaccel.schedule import Schedule
 from fxaccel.stage_module import stage_modules
 from fxaccel.stages import parts
 from tests.helpers import session
-from tests.passes.partition_models import MODELS, Chain, made
-
-
-def cut(model, args, check=True, **options):
-    fast = fxaccel.accelerate(model, [Partition(**options)], check=check, strict=True)
-    fast(*args)
-    return fast
+from tests.passes.partition_models import MODELS, Chain, agree, cut, made, seen
 
 
 def program_of(fast):
@@ -35,31 +29,6 @@ def program_of(fast):
 def plan_of(fast, **options):
     """The plan as an object: that of the program before the pass."""
     return Partition(**options).plan(session(fast).all[0].canonical)
-
-
-def seen(model, args):
-    """Results, gradients and buffers of a step, and the random number that comes next."""
-    for parameter in model.parameters():
-        parameter.grad = None
-    kept = {n: b.clone() for n, b in model.named_buffers()}
-    torch.manual_seed(5)
-    results = [t for t in torch.utils._pytree.tree_leaves(model(*args)) if isinstance(t, torch.Tensor)]
-    sum(t.square().sum() for t in results if t.requires_grad).backward()
-    forward = [*results, *(b.clone() for b in model.buffers()), torch.rand(1)]
-    for name, buffer in model.named_buffers():
-        buffer.copy_(kept[name])
-    return [t.detach() for t in forward], {n: p.grad for n, p in model.named_parameters()}
-
-
-def agree(got, want):
-    """Forward bit for bit, gradients up to the order of a sum."""
-    assert all(torch.equal(a, b) for a, b in zip(got[0], want[0], strict=True))
-    assert got[1].keys() == want[1].keys()
-    for name, gradient in want[1].items():
-        if gradient is None:
-            assert got[1][name] is None
-        else:
-            torch.testing.assert_close(got[1][name], gradient, rtol=1e-12, atol=1e-14)
 
 
 # -- it fires --------------------------------------------------------------------------------------
@@ -342,39 +311,6 @@ def test_a_step_in_stages_is_the_step(name):
     assert "checked against the model" in session(fast).all[0].report.check
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_stages_taken_out_in_turn_are_the_step(name):
-    model, args, stages = made(name)
-    fast = cut(model, args, stages=stages)
-    want = seen(fast, args)
-    taken = stage_modules(fast, *args)
-    buffers = {n: b for s in taken for n, b in s.named_buffers()}
-
-    class Turns(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.everything = [fast]
-
-        def named_parameters(self, *a, **k):
-            return fast.named_parameters(*a, **k)
-
-        def named_buffers(self, *a, **k):
-            return iter([(n, buffers[n]) for n, _ in fast.named_buffers()])
-
-        def forward(self, *values):
-            for stage in taken:
-                assert [(t.shape, t.dtype) for t in stage.receives] == [(v.shape, v.dtype) for v in values]
-                values = stage(*values)
-                values = (values,) if isinstance(values, torch.Tensor) else values
-                assert [t.requires_grad for t in stage.sends] == [v.requires_grad for v in values]
-            return values
-
-    agree(seen(Turns(), args), want)
-    assert set().union(*(s.state_dict() for s in taken)) == set(model.state_dict())
-    own = dict(fast.named_parameters(remove_duplicate=False))
-    assert all(p is own[n] for s in taken for n, p in s.named_parameters())
-
-
 def test_one_cut_serves_other_sizes():
     model, args, stages = made("tied")
     fast, plain = cut(model, args, stages=stages), fxaccel.accelerate(model, [], check=False)
@@ -383,6 +319,33 @@ def test_one_cut_serves_other_sizes():
     agree(seen(fast, other), seen(plain, other))
     assert len(session(fast).all) == 1
     assert stage_modules(fast, *other)[1].receives[0].shape[0] == 6
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        ["fuse-attention", "fuse-norm"],
+        ["layer-norm-to-rms-norm", "fuse-norm"],
+        ["replace-linear{structure=low-rank,init=random,share=0.3,even_if_slower=true}"],
+    ],
+)
+def test_other_passes_come_before_it(passes):
+    model, args, _ = made("tied")
+    fast, plain = (
+        fxaccel.accelerate(model, [*passes, *more], check=False, allow="approximate")
+        for more in ([Partition(stages=3)], [])
+    )
+    torch.manual_seed(0)
+    seen(plain, args)
+    torch.manual_seed(0)
+    seen(fast, args)
+    fast.load_state_dict(plain.state_dict())
+    if passes[0].startswith("replace"):
+        factors = dict(plain.named_parameters())
+        for name, parameter in fast.named_parameters():
+            parameter.data.copy_(factors[name])
+    assert len(fast.report()["partition"].applied) == 2
+    agree(seen(fast, args), seen(plain, args))
 
 
 def test_a_step_learns_as_before():
