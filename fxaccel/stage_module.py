@@ -57,19 +57,19 @@ class StageModule(nn.Module):
         self.number, self.count = number, count
         for name, tensor in state.items():
             path, _, key = name.rpartition(".")
-            owner = self._made(path)
+            owner = self._made(
+                path
+            )  # tables are written to: the model's names may be attributes of this class
             if isinstance(tensor, nn.Parameter):
-                owner.register_parameter(key, tensor)
+                owner._parameters[key] = tensor
             else:
-                buffer, persistent = tensor
-                owner.register_buffer(key, buffer, persistent=persistent)
+                owner._buffers[key], persistent = tensor
+                owner._non_persistent_buffers_set.update([] if persistent else [key])
 
     def _made(self, path: str) -> nn.Module:
         owner: nn.Module = self
         for part in filter(None, path.split(".")):
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
+            owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         return owner
 
     def bind(self, code: Code) -> None:
@@ -104,7 +104,7 @@ def stage_modules(model: AcceleratedModule, *args: Any, **kwargs: Any) -> list[S
     flow = _flow(one, found, state, example.tensors)
     for stage, receives, sends in zip(made, flow[:-1], flow[1:], strict=True):
         stage.bind(one.code)
-        stage.receives, stage.sends = receives, sends
+        stage.__dict__.update(receives=receives, sends=sends)
     return made
 
 

@@ -78,6 +78,8 @@ def test_what_is_read_by_its_strides_stays_with_what_made_it():
     taken = stage_modules(cut(model, (x,), stages=2), x)
     assert taken[0].sends[0].shape == (3, 4)
     torch.testing.assert_close(taken[1](*taken[0](x)), model(x))
+    with pytest.raises(OptionError, match="'as_strided', with which the step begins anyway"):
+        cut(model, (x,), at=("as_strided",))
 
 
 def test_what_cannot_be_taken_apart_is_refused():

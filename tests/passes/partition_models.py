@@ -155,6 +155,22 @@ class Counter(nn.Module):
         return self.last(torch.tanh(self.middle(x)) - self.mean)
 
 
+class Stepped(nn.Module):
+    """What is read of a counter before it moves on scales all layers."""
+
+    def __init__(self, layers=4):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(W, W) for _ in range(layers))
+        self.register_buffer("count", torch.tensor(2))
+
+    def forward(self, x):
+        scale = 1.0 / (self.count + 1)
+        self.count.add_(1)
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * scale
+        return x
+
+
 def _floats(*sizes):
     return tuple(torch.randn(*s, dtype=torch.float64) for s in sizes)
 
@@ -173,6 +189,7 @@ MODELS = {
     "two": (Two, lambda: _floats((3, 5, W), (3, 4, W)), 4),
     "again": (Again, lambda: _floats((6, W)), 2),
     "regions": (Regions, lambda: _floats((6, W)), 2),
+    "stepped": (Stepped, lambda: _floats((6, W)), 3),
     "counter": (Counter, lambda: _floats((6, W)), 2),
 }
 

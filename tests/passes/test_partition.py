@@ -195,10 +195,10 @@ def test_microbatches_share_what_is_sent_and_wait_as_1f1b_has_them():
 
 
 def test_what_writes_to_a_tensor_and_what_reads_it_stay_together():
-    model, args, _ = made("counter")
-    fast = cut(model, args, stages=2)
-    owners = [i for i, s in enumerate(stage_modules(fast, *args)) if "mean" in s.state_dict()]
-    assert len(owners) == 1
+    for name, buffer in (("counter", "mean"), ("stepped", "count")):
+        model, args, stages = made(name)
+        taken = stage_modules(cut(model, args, stages=stages), *args)
+        assert [buffer in s.state_dict() for s in taken].count(True) == 1
     model, args, _ = made("residual")
     for stage in stage_modules(cut(model, args, stages=3), *args):
         norms = {n.rpartition(".")[0] for n in stage.state_dict() if "running" in n or "tracked" in n}
