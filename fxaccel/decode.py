@@ -31,6 +31,7 @@ from fxaccel.proof import Claim, Fragment, Manifest, Proof
 from fxaccel.report import Report
 from fxaccel.schedule import Again, Moved, Schedule
 from fxaccel.session import Capture, Session, Settings
+from fxaccel.stages import Stages
 from fxaccel.structure import Given, Kept, Opened, Structure
 
 
@@ -118,6 +119,7 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
         hints=dict(data["hints"]), contiguous=frozenset(data["contiguous"]),
         training=data["training"], grad=data["grad"], notes=list(data["notes"]),
         schedule=_load_schedule(data["schedule"], {n.name for n in root.graph.nodes}),
+        stages=_load_stages(data, root.graph),
     )  # fmt: skip
     placeholders = {n.name for n in root.graph.find_nodes(op="placeholder")}
     if placeholders != {*program.state, *(n for n in program.inputs if n is not None)}:
@@ -154,6 +156,16 @@ def _load_schedule(data: dict[str, Any] | None, nodes: set[str]) -> Schedule | N
     if not nodes.issuperset(schedule.nodes()) or not held.issubset(schedule.dropped) or not apart:
         raise ValueError("the schedule is not of this graph")
     return schedule
+
+
+def _load_stages(data: dict[str, Any], graph: fx.Graph) -> Stages | None:
+    begins = data.get("stages")
+    if begins is None:
+        return None
+    calls = [n.name for n in graph.nodes if n.op not in ("placeholder", "output")]
+    if begins != [n for n in calls if n in set(begins)] or data["schedule"] is not None or not data["grad"]:
+        raise ValueError("the stages are not of this graph")
+    return Stages(tuple(begins))
 
 
 def _load_graph(data: dict[str, Any]) -> fx.GraphModule:

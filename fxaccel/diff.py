@@ -15,7 +15,7 @@ from torch import fx
 
 from fxaccel import cost
 from fxaccel.ir import Program, path, source
-from fxaccel.listing import Line, Namer, lines
+from fxaccel.listing import STAGE, Line, Namer, lines
 
 SCHEMA = "fxaccel-diff/1"
 
@@ -46,7 +46,8 @@ class Totals:
         named = count.xreplace(
             {s: next((v for k, v in symbols.items() if k.name == s.name), s) for s in count.free_symbols}
         )
-        return cls(len(lines(program)), cost.parameter_bytes(program), named)
+        calls = sum(line.op != STAGE for _, line in lines(program))
+        return cls(calls, cost.parameter_bytes(program), named)
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,11 @@ class Code:
 
 def emit(program: Program) -> Code:
     """The Python code of the program."""
-    if program.schedule is None:
+    if program.schedule is None and program.stages is None:
         return Emitter(program).code()
-    scheduled: Any = importlib.import_module("fxaccel.scheduled")  # which is made of what is here
-    return scheduled.Emitter(program).code()
+    home = "fxaccel.scheduled" if program.stages is None else "fxaccel.staged"
+    made: Any = importlib.import_module(home)  # which are made of what is here
+    return made.Emitter(program).code()
 
 
 class Emitter:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import sympy
 import torch
@@ -32,6 +32,9 @@ from torch.utils._sympy.printers import PythonPrinter
 from fxaccel.errors import CaptureError, RuleError
 from fxaccel.schedule import Schedule
 from fxaccel.structure import Structure
+
+if TYPE_CHECKING:
+    from fxaccel.stages import Stages
 
 StateKind = Literal["parameter", "buffer", "constant"]
 
@@ -166,6 +169,7 @@ class Program:
     calibration   fxaccel.calibration.Calibration: what a pass that is not exact decides by
     schedule      which values autograd does not keep, and when they are computed
                   again; None for all as it likes
+    stages        where the graph is cut into the stages of a pipeline; None for nowhere
     """
 
     graph: fx.Graph
@@ -190,6 +194,7 @@ class Program:
     adopted: tuple[Replacement, ...] = ()
     calibration: Any = None
     schedule: Schedule | None = None
+    stages: Stages | None = None
     _facts: dict[Callable[[Program], Any], Any] = field(default_factory=dict, repr=False)
 
     def facts(self, analysis: Callable[[Program], Any]) -> Any:

@@ -9,6 +9,7 @@ are s0, s1, ... in the order in which the inputs mention them. Goldens and `fxac
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import fx
 
 from fxaccel.ir import Program, SizeSpec, expr, is_call, is_tensor, path, source, target_name
 from fxaccel.schedule import HIDDEN
+from fxaccel.stages import parts
+
+STAGE = "stage"  # what stands for an operator in the line where a stage begins
 
 _DTYPES: dict[Any, str] = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -88,16 +92,32 @@ class Namer:
 
 
 def lines(program: Program, *, ends: bool = False) -> list[tuple[fx.Node, Line]]:
-    """Each operator call with its line; with `ends`, the inputs, state and outputs as well."""
+    """Each operator call with its line; with `ends`, the inputs, state and outputs as well.
+
+    Before the first call of a stage of a pipeline stands a line of its own, with what the stage receives.
+    """
     namer = Namer(program)
     out = []
+    stages = {} if program.stages is None else dict(_stages(program, namer))
     for node in program.graph.nodes:
+        if node.name in stages:
+            out.append((node, stages[node.name]))
         if is_call(node, operator.getitem) and _folds(node):
             continue
         if node.op != "call_function" and not ends:
             continue
         out.append((node, _line(program, namer, node)))
     return out
+
+
+def _stages(program: Program, namer: Namer) -> Iterator[tuple[str, Line]]:
+    """Name of the first call of each stage but the first -> its line."""
+    assert program.stages is not None, "the program is not cut"
+    cut = zip(program.stages.begins, program.facts(parts)[1:], strict=True)
+    for number, (begin, part) in enumerate(cut, 1):
+        words = [str(number), *map(namer.argument, part.receives)]
+        types = " ".join(namer.type(n.meta["val"]) for n in part.receives)
+        yield begin, Line((), STAGE, ", ".join(words), types, "", "", "", "")
 
 
 def listing(program: Program, *, ends: bool = False) -> str:

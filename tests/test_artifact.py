@@ -376,6 +376,25 @@ def test_regions_cannot_become_code(small, tmp_path):
         assert not trace.exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one, name: one.update(stages=["absent"]),
+        lambda one, name: one.update(stages=[name, name]),
+        lambda one, name: one.update(stages=name),
+        lambda one, name: one.update(stages=[[name]]),
+        lambda one, name: one.update(stages=[name], grad=False),
+        lambda one, name: one.update(stages=[name], schedule={"dropped": [], "again": []}),
+    ],
+)
+def test_stages_are_those_of_the_graph(small, tmp_path, change):
+    def changed(content):
+        change(content["captures"][0], call_node(content)["name"])
+
+    with pytest.raises(ArtifactError):
+        fxaccel.load(forged(small, tmp_path, changed))
+
+
 def test_nothing_is_imported_for_a_file(small, tmp_path):
     (tmp_path / "evil_module_for_test.py").write_text("raise SystemExit('imported')")
     sys.path.insert(0, str(tmp_path))

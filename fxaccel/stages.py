@@ -1,0 +1,194 @@
+"""A program cut into stages: what each of them computes, what it receives and what it sends on.
+
+A stage is what stands between two places of the graph. What it reads of earlier stages it receives from the
+one before it, which relays what it did not make itself, so only neighbours talk. Values that are made of
+sizes, buffers and inputs alone, and that cost no products, are not sent: each stage that reads them makes
+them again (masks, positions, tables of rotations), unless what they are made of has more bytes than they.
+So are views of parameters, and sizes, which a stage reads off any tensor that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxaccel.cost import node_flops
+from fxaccel.effects import aliased_arguments, has_effect, learned, written
+from fxaccel.ir import Program, expr, is_tensor, number
+
+_SIZE = torch.ops.aten.sym_size.int
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Where a program is cut.
+
+    begins    name of the first call of each stage but the first, in the order of the graph
+    """
+
+    begins: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage of a program.
+
+    nodes       what it computes, in the order of the graph
+    receives    what it takes: the inputs of the program, or what the stage before it sends
+    sends       what it returns; of the last stage nothing, which returns the outputs
+    sizes       call for a size -> the tensor that has it and the dimension, where that is not the one asked
+    """
+
+    nodes: tuple[fx.Node, ...]
+    receives: tuple[fx.Node, ...]
+    sends: tuple[fx.Node, ...]
+    sizes: dict[fx.Node, tuple[fx.Node, int]]
+
+
+# -- what is made again ----------------------------------------------------------------------------
+
+
+def leaves(program: Program) -> dict[fx.Node, frozenset[fx.Node]]:
+    """Node -> what a stage that reads it has to receive for that, if it does not make it (an analysis).
+
+    The node itself, or what it is made of if each stage makes it again; nothing for state and for what
+    follows from state and sizes.
+    """
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    light: set[fx.Node] = program.facts(cheap)
+    for node in program.graph.nodes:
+        if node.name in program.state or node.op == "get_attr" or _is_input_size(node):
+            found[node] = frozenset()  # a size is that of some tensor, and a stage has one
+        elif node not in light or node.op == "placeholder":
+            found[node] = frozenset([node])
+        else:
+            below = frozenset[fx.Node]().union(*(found[a] for a in node.all_input_nodes))
+            small = sum(nbytes(program, n) for n in below) <= nbytes(program, node)
+            found[node] = below if small or not is_tensor(node.meta["val"]) else frozenset([node])
+    return found
+
+
+def _is_input_size(node: fx.Node) -> bool:
+    return node.target is _SIZE and all(a.op == "placeholder" for a in node.all_input_nodes)
+
+
+def cheap(program: Program) -> set[fx.Node]:
+    """What may be made in several stages and costs little: of state, inputs and sizes (an analysis)."""
+    writers, learns = program.facts(written), program.facts(learned)
+    standing, found = set[fx.Node](), set[fx.Node]()
+    for node in program.graph.nodes:
+        read = node.all_input_nodes
+        if node in writers or (has_effect(node) and node.op != "placeholder"):
+            continue
+        if node.name in program.state or node.op == "get_attr" or _is_input_size(node):
+            standing.add(node)
+            found.add(node)
+        elif node.op == "placeholder":
+            found.add(node)
+        elif node in learns:
+            if standing.issuperset(read) and aliased_arguments(node):  # a view of a parameter
+                standing.add(node)
+                found.add(node)
+        elif found.issuperset(read) and _is_one(node) and number(node_flops(node), program.hints) == 0:
+            found.add(node)
+    return found
+
+
+def _is_one(node: fx.Node) -> bool:
+    return not isinstance(node.meta["val"], (tuple, list))
+
+
+def nbytes(program: Program, node: fx.Node) -> int:
+    """Bytes of a tensor at the sizes that the program was captured with."""
+    val = node.meta["val"]
+    return number(val.numel(), program.hints) * val.element_size() if is_tensor(val) else 0
+
+
+def again(program: Program) -> set[fx.Node]:
+    """The calls that each stage makes for itself (an analysis)."""
+    return {n for n, of in program.facts(leaves).items() if n.op != "placeholder" and n not in of}
+
+
+def closure(made_again: set[fx.Node], read: Iterable[fx.Node]) -> set[fx.Node]:
+    """What is to be made again so that these values are there."""
+    found, waiting = set[fx.Node](), [n for n in read if n in made_again]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [a for a in node.all_input_nodes if a in made_again]
+    return found
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+def parts(program: Program) -> list[Part]:
+    """The stages of a program that is cut (an analysis)."""
+    assert program.stages is not None, "the program is not cut"
+    made_again, begins = program.facts(again), set(program.stages.begins)
+    own: list[list[fx.Node]] = [[]]
+    for node in program.graph.nodes:
+        if node.name in begins:
+            own.append([])
+        if node.op in ("call_function", "get_attr") and node not in made_again:
+            own[-1].append(node)
+    return _Cut(program, own, made_again).parts()
+
+
+class _Cut:
+    """Goes through the stages from the last to the first: each says what the one before it has to send."""
+
+    def __init__(self, program: Program, own: Sequence[list[fx.Node]], made_again: set[fx.Node]) -> None:
+        self.program, self.own, self.made_again = program, own, made_again
+        self.leaves = program.facts(leaves)
+        self.index = {n: i for i, n in enumerate(program.graph.nodes)}
+        self.outputs = program.graph.output_node().all_input_nodes
+
+    def parts(self) -> list[Part]:
+        found, sends = list[Part](), list[fx.Node]()
+        for i, own in reversed(list(enumerate(self.own))):
+            last = i == len(self.own) - 1
+            part = self.part(own, sends, self.outputs if last else [], i == 0)
+            found.append(part)
+            sends = list(part.receives)
+        return found[::-1]
+
+    def part(self, own: list[fx.Node], sends: list[fx.Node], outputs: list[fx.Node], first: bool) -> Part:
+        made = set(own)
+        read = dict.fromkeys([a for n in own for a in n.all_input_nodes] + outputs)
+        inside = closure(self.made_again, read)
+        for node in sorted(inside, key=self.index.__getitem__):
+            if not _is_input_size(node):
+                read.update(dict.fromkeys(node.all_input_nodes))
+        wanted = {leaf for n in read if n not in self.made_again for leaf in self.leaves[n]}
+        wanted = (wanted | set(sends)) - made
+        inputs = [self.program.placeholder(n) for n in self.program.inputs if n is not None]
+        there = inputs if first else sorted(wanted, key=self.index.__getitem__)
+        sizes = dict[fx.Node, tuple[fx.Node, int]]()
+        for node in sorted(inside, key=self.index.__getitem__):
+            if node.target is _SIZE:
+                self.carried(node, there, {*made, *inside}, sizes)
+        nodes = sorted([*own, *inside], key=self.index.__getitem__)
+        receives = there if first else sorted(there, key=self.index.__getitem__)
+        return Part(tuple(nodes), tuple(receives), tuple(sends), sizes)
+
+    def carried(
+        self, node: fx.Node, there: list[fx.Node], made: set[fx.Node],
+        sizes: dict[fx.Node, tuple[fx.Node, int]],
+    ) -> None:  # fmt: skip
+        """Find a tensor that has this size; where there is none, the one that was asked is received, too."""
+        asked = node.args[0]
+        assert isinstance(asked, fx.Node), "a size is that of a tensor"
+        if asked in there or asked in made or asked.name in self.program.state:
+            return
+        size = expr(node.meta["val"])
+        for tensor in there:
+            for d, other in enumerate(tensor.meta["val"].shape if is_tensor(tensor.meta["val"]) else ()):
+                if expr(other) == size:
+                    sizes[node] = tensor, d
+                    return
+        there.append(asked)
