@@ -122,10 +122,9 @@ def largest_batch(
     def taken(size: int) -> bool:
         return formulas.sizes.all([*hints[:at], size, *hints[at + 1 :]]) is not None
 
-    def fitting(size: int) -> tuple[TrainingStep, Draft] | None:
+    def fitting(size: int) -> TrainingStep | None:
         step = TrainingStep.of(program, optimizer, formulas.at({name: size}))
-        draft = step.planner(share=False).plan(budget - step.fixed)
-        return None if draft is None else (step, draft)
+        return step if step.planner(share=False).fits(budget - step.fixed) else None
 
     size = next(filter(taken, range(formulas.sizes.low[at], hints[at] + 1)))
     best, too_large = None, size
@@ -139,7 +138,8 @@ def largest_batch(
             break
         found = fitting(tried)
         size, best, too_large = (size, best, tried) if found is None else (tried, found, too_large)
-    return None if best is None else (size, best[0].planned(best[1]))
+    draft = None if best is None else best.planner(share=False).plan(budget - best.fixed)
+    return None if best is None or draft is None else (size, best.planned(draft))
 
 
 def batch(program: Program) -> str:

@@ -73,6 +73,10 @@ class Planner:
             raise OptionError(f"the optimum was not proved in {LIMIT:.0f} s", "without exact a plan is found")
         return None if found is None else found.draft
 
+    def fits(self, budget: int) -> bool:
+        """Whether there is a plan for this budget, without making a good one."""
+        return self.need <= budget or self.rough(budget) is not None or self.smallest <= budget
+
     def rough(self, budget: int) -> tuple[Chain, Sketch] | None:
         """The best way along any of the chains."""
         found = [(chain, s) for chain in self.chains if (s := self.along(chain, budget)) is not None]

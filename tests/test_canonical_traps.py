@@ -238,6 +238,7 @@ def test_every_step_is_told():
     assert all(sentence.endswith((".", ";")) or ";" in sentence for sentence in told.values())
 
 
+@pytest.mark.slow
 def test_time_is_linear():
     """Ten times the layers take about ten times as long."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

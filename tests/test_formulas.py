@@ -70,6 +70,7 @@ def test_the_scores_of_attention_are_quadratic():
     agree(found, {"x.0": 2, "x.1": 2}, {"x.0": 3, "x.1": 77}, {"x.0": 55, "x.1": 300})
 
 
+@pytest.mark.slow
 def test_gpt2_with_any_batch_and_sequence():
     with importable():
         from transformers import GPT2Config, GPT2LMHeadModel

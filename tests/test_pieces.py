@@ -51,6 +51,7 @@ def test_passes_work_on_each_piece():
     assert len(fast.report()["fuse-norm"].applied) >= 2
 
 
+@pytest.mark.slow
 def test_the_twentieth_model_of_a_class_is_captured_in_pieces_like_the_first():
     """Dynamo counts compilations by code object and then runs eagerly; each model must have its own count."""
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:

@@ -136,6 +136,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(model):
     assert not fits(model, size + 1, 2 * 2**20, optimizer="adamw")
 
 
+@pytest.mark.slow
 def test_more_room_takes_a_larger_batch_and_too_little_none(model):
     formulas = Formulas(model)
     small, large = (largest_batch(model, room * 2**20, "none", formulas)[0] for room in (1, 4))

@@ -20,6 +20,7 @@ def bench(monkeypatch):
     return importlib.import_module("replace_linear")
 
 
+@pytest.mark.slow
 def test_a_gpt_trained_here_keeps_its_loss_on_text_that_decided_nothing(bench):
     train, unseen = bench.parts()
     model = bench.trained(bench.GPT(64, 2), 120, rate=3e-3)
