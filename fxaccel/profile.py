@@ -27,7 +27,7 @@ from fxaccel import scheduled
 from fxaccel.cost import node_flops, parameter_bytes
 from fxaccel.effects import has_effect, is_random, mutated_arguments, written
 from fxaccel.errors import RuleError
-from fxaccel.ir import Program, number, tensors
+from fxaccel.ir import Program, expr, number, tensors
 from fxaccel.memory import Ledger, key
 from fxaccel.recompute import Run, Timetable
 from fxaccel.schedule import HIDDEN, Schedule
@@ -167,8 +167,14 @@ class _Tree:
 
 def _fake(node: fx.Node, program: Program) -> Tensor:
     val = node.meta["val"]
-    size, stride = ([number(s, program.hints) for s in sizes] for sizes in (val.shape, val.stride()))
-    made = torch.empty_strided(size, stride, dtype=val.dtype, device=val.device)
+
+    def known(stride: Any) -> int:
+        """That of the example where sizes do not say it: a part of a larger tensor has any."""
+        told = isinstance(stride, int) or all(str(s) in program.hints for s in expr(stride).free_symbols)
+        return number(stride, program.hints) if told else int(stride.node.hint)
+
+    size = [number(s, program.hints) for s in val.shape]
+    made = torch.empty_strided(size, [known(s) for s in val.stride()], dtype=val.dtype, device=val.device)
     slot = program.state.get(node.name)
     learns = val.requires_grad or (slot is not None and slot.kind == "parameter")
     return made.requires_grad_(learns and val.dtype.is_floating_point)

@@ -266,6 +266,16 @@ def test_steps_too_long_for_an_exact_plan_are_refused():
         fast(X)
 
 
+def test_a_part_of_a_larger_tensor_is_an_input_like_others():
+    wide = torch.randn(B, S + 3, 2 * W)[:, :S, :W]
+    plain, fast = trained(Stack(), []), trained(Stack(), [Checkpoint(budget=0.6)], strict=True)
+    for one in (plain, fast):
+        step(one, {"x": wide})
+    (peak, want), (less, got) = step(plain, {"x": wide}), step(fast, {"x": wide})
+    equal(got, want)
+    assert less < peak
+
+
 def test_inference_keeps_nothing_anyway():
     fast = fxaccel.accelerate(Stack(), ["checkpoint{budget=0.4}"]).eval()
     with pytest.warns(UserWarning, match="serves training only"), torch.no_grad():
