@@ -42,10 +42,10 @@ from fxaccel.emit import emit
 from fxaccel.memory import Meter
 from fxaccel.passes._checkpoint_exact import solved
 from fxaccel.passes._checkpoint_plan import Planner
-from fxaccel.passes.checkpoint import FORWARDS, TrainingStep
+from fxaccel.passes.checkpoint import TrainingStep
 from fxaccel.profile import Profile
 from fxaccel.replay import Draft, replay, write
-from fxaccel.roofline import roofline
+from fxaccel.roofline import FORWARDS, roofline
 from fxaccel.schedule import Schedule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -289,6 +289,11 @@ def grouped(model: nn.Module, name: str, size: int) -> nn.Module:
     return other
 
 
+def checkpointed(model: nn.Module, batch: Batch, name: str, size: int) -> tuple[int, int]:
+    """Bytes and FLOPs of a step that computes groups of so many blocks again."""
+    return measured(grouped(model, name, size), batch)
+
+
 def partitioned(model: nn.Module, batch: Batch, budget: float) -> tuple[int, int]:
     """Bytes and FLOPs of a step under torch's partitioner."""
     torch._dynamo.reset()
@@ -303,7 +308,7 @@ def steps(model: nn.Module, batch: Batch, name: str) -> Iterator[tuple[str, Call
     if name in BLOCKS:
         many = sum(len(model.get_submodule(path)) for path in BLOCKS[name])
         for what, size in (("every block", 1), ("sqrt(n) groups", math.isqrt(many))):
-            yield what, lambda size=size: measured(grouped(model, name, size), batch)  # type: ignore[misc]
+            yield what, partial(checkpointed, model, batch, name, size)
 
 
 def beside(run: Callable[[], tuple[int, int]], ours: Ours, default: Ours) -> dict[str, Any]:

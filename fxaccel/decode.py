@@ -33,6 +33,7 @@ from fxaccel.schedule import Again, Moved, Schedule
 from fxaccel.session import Capture, Session, Settings
 from fxaccel.stages import Stages
 from fxaccel.structure import Given, Kept, Opened, Structure
+from fxaccel.tree import module_at
 
 
 class SavedModel(nn.Module):
@@ -51,12 +52,7 @@ def model(content: dict[str, Any], tensors: dict[str, Tensor]) -> AcceleratedMod
     """The module that encode.model described."""
     tree = SavedModel()
     for name, training in content["modules"]:
-        owner: nn.Module = tree
-        for part in [p for p in name.split(".") if p]:
-            if part not in owner._modules:
-                owner._modules[part] = nn.Module()
-            owner = owner._modules[part]  # type: ignore[assignment]
-        owner.training = bool(training)
+        module_at(tree, name).training = bool(training)
     made: dict[str, Tensor] = {}
     for entry in content["state"]:
         _place(tree, entry, tensors, made)

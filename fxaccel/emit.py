@@ -18,8 +18,9 @@ import math
 import operator
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +79,21 @@ class Tree(Protocol):
 
     def get_submodule(self, path: str, /) -> Any:
         """What has the tables `_parameters` and `_buffers` at a path."""
+
+
+class Tables:
+    """Stands for a module tree: tables of parameters and buffers by path."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.tables: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            path, _, own = name.rpartition(".")
+            self.tables.setdefault(path, {})[own] = tensor
+
+    def get_submodule(self, path: str, /) -> Any:
+        """The tables of a path, empty where nothing is."""
+        table = self.tables.get(path, {})  # ties name modules whose parameter is read by another name
+        return SimpleNamespace(_parameters=table, _buffers=table)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 from fxaccel import scheduled
 from fxaccel.cost import node_flops, parameter_bytes
 from fxaccel.effects import has_effect, is_random, mutated_arguments, written
+from fxaccel.emit import Tables
 from fxaccel.errors import RuleError
 from fxaccel.ir import Program, expr, number, tensors
 from fxaccel.memory import Ledger, key
@@ -137,7 +137,7 @@ def watched(program: Program, kind: Callable[[Program], W]) -> W:
     for tensor in state.values():
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(watch.accumulated)
-    functions = replace(code, constants=constants).bind(_Tree(state), "<fxaccel profile>")
+    functions = replace(code, constants=constants).bind(Tables(state), "<fxaccel profile>")
     inputs = [given[program.placeholder(n)] for n in program.inputs if n is not None]
     with fakes, torch.enable_grad():
         try:
@@ -149,20 +149,6 @@ def watched(program: Program, kind: Callable[[Program], W]) -> W:
         watch.shown(outputs)
         watch.backward(outputs)
     return watch
-
-
-class _Tree:
-    """Stands for the module tree: tables of fake parameters and buffers by path."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.tables: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.items():
-            path, _, own = name.rpartition(".")
-            self.tables.setdefault(path, {})[own] = tensor
-
-    def get_submodule(self, path: str, /) -> Any:
-        table = self.tables.get(path, {})  # ties name modules whose parameter is read by another name
-        return SimpleNamespace(_parameters=table, _buffers=table)
 
 
 def _fake(node: fx.Node, program: Program) -> Tensor:

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import torch
 
+from fxaccel.ir import Program, tensors
 from fxaccel.profile import Profile
 
+BACKWARD = 2  # times as long as forward
+FORWARDS = 1 + BACKWARD  # that a step without recomputation takes
 ROUNDS = 5
 SIZE = 1024  # rows and columns of the product that is timed; the copy is of 16 times its bytes
 
@@ -43,6 +46,13 @@ class Roofline:
             i: 0.0 if c.view else max(c.flops / self.rate, c.nbytes / self.bandwidth)
             for i, c in profile.calls.items()
         }
+
+
+def speed(program: Program) -> Roofline:
+    """The constants of the device and the dtype that a program's parameters have."""
+    weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
+    first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
+    return roofline(first.device, first.dtype)
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:

@@ -16,14 +16,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxaccel.capture import Call
-from fxaccel.emit import Code
+from fxaccel.emit import Code, Tables
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, is_tensor
 from fxaccel.module import AcceleratedModule
 from fxaccel.session import Capture
 from fxaccel.staged import name_of
 from fxaccel.stages import Part, parts
-from fxaccel.tree import ties
+from fxaccel.tree import module_at, ties
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,12 @@ class StageModule(nn.Module):
         self.number, self.count = number, count
         for name, tensor in state.items():
             path, _, key = name.rpartition(".")
-            owner = self._made(
-                path
-            )  # tables are written to: the model's names may be attributes of this class
+            owner = module_at(self, path)  # tables are written to: names may be attributes of this class
             if isinstance(tensor, nn.Parameter):
                 owner._parameters[key] = tensor
             else:
                 owner._buffers[key], persistent = tensor
                 owner._non_persistent_buffers_set.update([] if persistent else [key])
-
-    def _made(self, path: str) -> nn.Module:
-        owner: nn.Module = self
-        for part in filter(None, path.split(".")):
-            owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-        return owner
 
     def bind(self, code: Code) -> None:
         """Take the function of this stage from the code of the whole model."""
@@ -158,36 +150,20 @@ def _flow(
     fakes, copies = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Tensor]()
 
     def fake(value: Any) -> Any:
-        tensor = value[0] if isinstance(value, tuple) else value
-        if not isinstance(tensor, Tensor):
+        if not isinstance(value, Tensor):
             return value
-        copy = copies.setdefault(id(tensor), fakes.from_tensor(tensor))
-        return copy if isinstance(value, Tensor) else (copy, value[1])
+        return copies.setdefault(id(value), fakes.from_tensor(value))
 
     code = replace(one.code, constants={k: fake(v) for k, v in one.code.constants.items()})
-    whole = {n: fake(v) for n, v in state.items()}
+    whole = Tables({n: fake(v[0] if isinstance(v, tuple) else v) for n, v in state.items()})
     values: Any = [fake(t) for t in given]
-    told, functions = [_told(found[0].receives, values)], _functions(code, whole)
+    told, functions = [_told(found[0].receives, values)], code.bind(whole, "<fxaccel stages>")
     with fakes, torch.enable_grad():
         for i, part in enumerate(found):
             values = _sent(functions[name_of(i)](*values))
             outputs = part.sends or _tensor_outputs(one.program)
             told.append(_told(outputs, values))
     return told
-
-
-def _functions(code: Code, state: dict[str, Any]) -> dict[str, Any]:
-    """The functions of the code over tensors that are in no module."""
-    tables: dict[str, SimpleNamespace] = {}
-    for name, value in state.items():
-        path, _, key = name.rpartition(".")
-        table = tables.setdefault(path, SimpleNamespace(_parameters={}, _buffers={}))
-        if isinstance(value, tuple):
-            table._buffers[key] = value[0]
-        else:
-            table._parameters[key] = value
-    tree: Any = SimpleNamespace(get_submodule=tables.__getitem__)
-    return code.bind(tree, "<fxaccel stages>")
 
 
 def _tensor_outputs(program: Program) -> tuple[fx.Node, ...]:

@@ -15,9 +15,9 @@ from dataclasses import replace
 from fxaccel.offload import STEPS
 from fxaccel.profile import Profile
 from fxaccel.replay import Draft, Journey
+from fxaccel.roofline import BACKWARD
 from fxaccel.schedule import HIDDEN
 
-BACKWARD = 2.0  # times as long as forward
 LEAST = 2**20  # bytes that are worth a copy
 
 

@@ -57,6 +57,16 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
     return new
 
 
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path; those on the way that are not there are made."""
+    for name in filter(None, path.split(".")):
+        inner = root._modules.get(name)
+        if inner is None:
+            inner = root._modules[name] = nn.Module()
+        root = inner
+    return root
+
+
 def without_root_hooks(tree: nn.Module) -> nn.Module:
     """`tree` without the root's own hooks: they run around the emitted forward as around the model's."""
     for table in ROOT_HOOKS:

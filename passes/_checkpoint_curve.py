@@ -26,10 +26,11 @@ from fxaccel.formulas import Formulas
 from fxaccel.ir import Program, expr, path
 from fxaccel.passes._checkpoint_parts import cuts, droppable
 from fxaccel.passes._checkpoint_plan import Planner
-from fxaccel.passes.checkpoint import FORWARDS, Checkpoint, Plan, TrainingStep, read, said
+from fxaccel.passes.checkpoint import Checkpoint, Plan, TrainingStep, read, said
 from fxaccel.picture import canvas, drawable, saved
 from fxaccel.profile import Profile
 from fxaccel.replay import Draft, lazily, replay
+from fxaccel.roofline import FORWARDS
 from fxaccel.schedule import HIDDEN
 
 BLOCK = 8  # calls in a part of the baselines, at the least: about a block of a model
@@ -122,9 +123,10 @@ def largest_batch(
     def taken(size: int) -> bool:
         return formulas.sizes.all([*hints[:at], size, *hints[at + 1 :]]) is not None
 
-    def fitting(size: int) -> TrainingStep | None:
+    def fitting(size: int) -> tuple[TrainingStep, Planner] | None:
         step = TrainingStep.of(program, optimizer, formulas.at({name: size}))
-        return step if step.planner(share=False).fits(budget - step.fixed) else None
+        planner = step.planner(share=False)
+        return (step, planner) if planner.fits(budget - step.fixed) else None
 
     size = next(filter(taken, range(formulas.sizes.low[at], hints[at] + 1)))
     best, too_large = None, size
@@ -138,8 +140,12 @@ def largest_batch(
             break
         found = fitting(tried)
         size, best, too_large = (size, best, tried) if found is None else (tried, found, too_large)
-    draft = None if best is None else best.planner(share=False).plan(budget - best.fixed)
-    return None if best is None or draft is None else (size, best.planned(draft))
+    if best is None:
+        return None
+    step, planner = best
+    draft = planner.plan(budget - step.fixed)
+    assert draft is not None, "it fits"
+    return size, step.planned(draft)
 
 
 def batch(program: Program) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
+from typing import NamedTuple
 
 from fxaccel.errors import OptionError
 from fxaccel.passes._checkpoint_chain import Chain, Sketch
@@ -27,6 +28,14 @@ FINE = 200  # steps of a search for a budget
 NEAR = 100  # steps of a search for what the parts are to aim at
 
 
+class Way(NamedTuple):
+    """What a way along a chain lets go, and what that costs."""
+
+    chain: Chain
+    sketch: Sketch
+    cost: Replayed
+
+
 class Planner:
     """Plans for one step.
 
@@ -37,12 +46,12 @@ class Planner:
     def __init__(self, profile: Profile, seconds: Mapping[int, float], link: float = 0.0) -> None:
         self.profile, self.seconds, self.link = profile, seconds, link
         self.need = replay(profile, Draft(), seconds).peak
+        self.many = sum(not call.view for call in profile.calls.values())
 
     @cached_property
     def chains(self) -> list[Chain]:
         """The step in fine and in coarse parts: fine ones take less at once, coarse ones leave a choice."""
-        many = sum(not call.view for call in self.profile.calls.values())
-        fitting = [least for least in LEAST if many <= PARTS * least] or [-(-many // PARTS)]
+        fitting = [least for least in LEAST if self.many <= PARTS * least] or [-(-self.many // PARTS)]
         found = [Chain(self.profile, self.seconds, least, self.need) for least in fitting]
         return list({tuple(part.calls[0] for part in chain.parts): chain for chain in found}.values())
 
@@ -53,16 +62,17 @@ class Planner:
         found = self.rough(budget)
         if found is None and self.smallest <= budget:
             found = self.tightest
-        return None if found is None else Polish(*found, self.seconds, budget, self.link).run()
+        if found is None:
+            return None
+        return Polish(found.chain, found.sketch, self.seconds, budget, self.link).run()
 
     def optimum(self, budget: int) -> Draft | None:
         """The same without a better one; OptionError where that cannot be proved."""
         if self.need <= budget:
             return Draft()
-        many = sum(not call.view for call in self.profile.calls.values())
-        if many > EXACT:
+        if self.many > EXACT:
             raise OptionError(
-                f"exact plans are for steps of up to {EXACT} calls, this one has {many}",
+                f"exact plans are for steps of up to {EXACT} calls, this one has {self.many}",
                 "without exact the plan is near the optimum",
             )
         try:
@@ -77,16 +87,12 @@ class Planner:
         """Whether there is a plan for this budget, without making a good one."""
         return self.need <= budget or self.rough(budget) is not None or self.smallest <= budget
 
-    def rough(self, budget: int) -> tuple[Chain, Sketch] | None:
+    def rough(self, budget: int) -> Way | None:
         """The best way along any of the chains."""
-        found = [(chain, s) for chain in self.chains if (s := self.along(chain, budget)) is not None]
-        return min(found, key=lambda one: self.cost(*one).seconds, default=None)
+        found = [way for chain in self.chains if (way := self.along(chain, budget)) is not None]
+        return min(found, key=lambda way: way.cost.seconds, default=None)
 
-    def cost(self, chain: Chain, sketch: Sketch) -> Replayed:
-        """Of what a way along a chain lets go."""
-        return replay(self.profile, chain.draft(sketch), self.seconds)
-
-    def along(self, chain: Chain, budget: int) -> Sketch | None:
+    def along(self, chain: Chain, budget: int) -> Way | None:
         """The best way along these parts.
 
         A part knows of the others no more than what they keep, so that the whole may peak a little higher
@@ -95,8 +101,8 @@ class Planner:
         low, high, aim, best = 0, budget * 5 // 4, budget, None
         while high - low > budget // NEAR + 1:
             moves = chain.way(aim)
-            found = None if moves is None else chain.sketch(moves)
-            over = 0 if found is None else self.cost(chain, found).peak - budget
+            found = None if moves is None else self.way(chain, chain.sketch(moves))
+            over = 0 if found is None else found.cost.peak - budget
             if found is None or over <= 0:
                 low, best = aim, found or best
                 if -over * NEAR <= budget and found is not None:
@@ -106,29 +112,33 @@ class Planner:
             aim = aim - over if found is not None and low < aim - over < high else (low + high) // 2
         return best
 
+    def way(self, chain: Chain, sketch: Sketch) -> Way:
+        """A way along a chain, replayed."""
+        return Way(chain, sketch, replay(self.profile, chain.draft(sketch), self.seconds))
+
     @cached_property
-    def tightest(self) -> tuple[Chain, Sketch] | None:
+    def tightest(self) -> Way | None:
         """The way of the smallest peak found, None where that is the peak of keeping all."""
         return self._tightest(math.inf)
 
     @cached_property
     def smallest(self) -> int:
         """The smallest budget that a plan was found for, within 1 in FINE of what the step needs."""
-        return self.need if self.tightest is None else self.cost(*self.tightest).peak
+        return self.need if self.tightest is None else self.tightest.cost.peak
 
     def within(self, seconds: float) -> Draft:
         """The draft of the smallest peak found that computes at most so many seconds again."""
         found = self._tightest(seconds)
-        return Draft() if found is None else found[0].draft(found[1])
+        return Draft() if found is None else found.chain.draft(found.sketch)
 
-    def _tightest(self, seconds: float) -> tuple[Chain, Sketch] | None:
-        low, high, best = 0, self.need, None
+    def _tightest(self, seconds: float) -> Way | None:
+        low, high = 0, self.need
+        best: Way | None = None
         while high - low > self.need // FINE + 1:
             middle = (low + high) // 2
             found = self.rough(middle)
-            cost = None if found is None else self.cost(*found)
-            if found is None or cost is None or cost.seconds > seconds:
+            if found is None or found.cost.seconds > seconds:
                 low = middle
             else:
-                high, best = min(cost.peak, middle), found
+                high, best = min(found.cost.peak, middle), found
         return best

@@ -35,6 +35,7 @@ class Polish:
         self.profile: Profile = chain.profile
         self.left = EFFORT // max(len(self.profile.calls), 1)
         self.sketch, self.now = sketch, self.cost(sketch)
+        self.tight: list[tuple[float, int, Sketch]] = []  # what would save time if there were more room
         self.movable = frozenset(movable(self.profile) if link else ())
         self.droppable = frozenset(worth(self.profile))
         self.bundles = sorted(bundles(chain, self.droppable | self.movable), key=self.price)
@@ -57,7 +58,7 @@ class Polish:
     def more(self) -> bool:
         """Keep or move what there is room for; whether any was."""
         before = self.now.seconds
-        self.tight = list[tuple[float, int, Sketch]]()  # what would save time if there were more room
+        self.tight.clear()
         for bundle in reversed(self.bundles):
             back = bundle & self.sketch.dropped
             if not back:

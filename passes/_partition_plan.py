@@ -22,10 +22,10 @@ from fxaccel.ir import Program, is_tensor
 from fxaccel.pipeline.balance import Balanced, Node, balance
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import Profile
+from fxaccel.roofline import FORWARDS
 from fxaccel.stages import again, closure, leaves, nbytes
 
 _AS_STRIDED = torch.ops.aten.as_strided.default
-FORWARDS = 3  # forwards that a step takes where gradients flow: backward is two
 
 
 @dataclass(frozen=True)
@@ -313,29 +313,31 @@ def _too_few(links: Links, stages: int) -> str:
 
 
 def _cut(step: Step, terms: Terms, groups: list[list[fx.Node]], at: list[int]) -> Cut:
+    forward, back = _crossing(step, groups)
+
     def balanced(every: bool) -> Balanced:
-        chain = _chain(step, terms, groups, every)
+        chain = _chain(step, terms, groups, forward, back, every)
         return balance(
             chain, terms.stages, memory=terms.memory, in_flight=terms.in_flight, link=terms.link, at=at
         )
 
     found = balanced(every=False)
-    if max(_held(step, terms, groups, found.cuts)) > terms.memory:
+    if max(_held(step, terms, groups, found.cuts, forward)) > terms.memory:
         found = balanced(every=True)  # all stages that read a parameter hold it, so each reader counts it
     shared, seconds, sizes = _shared(step, groups, found.cuts), list(found.seconds), step.sizes()
     for name in shared.keys() & step.trains:
         for s in shared[name]:  # the sum of the gradients, to and fro, once for all microbatches
             seconds[s] += 2 * terms.link.seconds(sizes[name]) / terms.microbatches
-    forward, back = _crossing(step, groups)
     sent = tuple((forward[c - 1], back[c - 1]) for c in found.cuts)
-    held = _held(step, terms, groups, found.cuts)
+    held = _held(step, terms, groups, found.cuts, forward)
     return Cut(groups, found, tuple(seconds), sent, held, shared)
 
 
-def _held(step: Step, terms: Terms, groups: list[list[fx.Node]], cuts: Sequence[int]) -> tuple[int, ...]:
+def _held(
+    step: Step, terms: Terms, groups: list[list[fx.Node]], cuts: Sequence[int], forward: Sequence[int]
+) -> tuple[int, ...]:
     """Bytes that each stage holds at most."""
-    state, forward = step.held(terms.states), _crossing(step, groups)[0]
-    found = []
+    state, found = step.held(terms.states), []
     for flight, (i, j) in zip(terms.in_flight, pairwise([0, *cuts, len(groups)]), strict=True):
         calls = [n for group in groups[i:j] for n in group]
         waiting = sum(step.saved[n] for n in calls) + (forward[i - 1] if i else 0)
@@ -352,10 +354,12 @@ def _shared(step: Step, groups: list[list[fx.Node]], cuts: Sequence[int]) -> dic
     return {name: tuple(sorted(s)) for name, s in stages.items() if len(s) > 1}
 
 
-def _chain(step: Step, terms: Terms, groups: list[list[fx.Node]], every: bool) -> list[Node]:
+def _chain(
+    step: Step, terms: Terms, groups: list[list[fx.Node]], forward: Sequence[int], back: Sequence[int],
+    every: bool,
+) -> list[Node]:  # fmt: skip
     """The groups with their costs for one microbatch; `every` reader of a parameter counts it, or one."""
     held, counted, made = step.held(terms.states), set[str](), set[fx.Node]()
-    crossing, returning = _crossing(step, groups)
     chain = []
     for i, group in enumerate(groups):
         names = {name for n in group for name in step.states(n)}
@@ -366,7 +370,7 @@ def _chain(step: Step, terms: Terms, groups: list[list[fx.Node]], every: bool) -
         chain.append(
             Node(
                 sum(step.seconds.get(n, 0.0) for n in [*group, *inner]) / m, parameters,
-                sum(step.saved[n] for n in group) // m, crossing[i] // m, returning[i] // m,
+                sum(step.saved[n] for n in group) // m, forward[i] // m, back[i] // m,
             )
         )  # fmt: skip
     return chain

@@ -23,23 +23,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from fxaccel.errors import OptionError
-from fxaccel.ir import Program, tensors
+from fxaccel.ir import Program
 from fxaccel.passes._checkpoint_plan import Planner
 from fxaccel.profile import Profile, profile
 from fxaccel.replay import Draft, Replayed, replay, write
-from fxaccel.roofline import roofline
+from fxaccel.roofline import FORWARDS, speed
 from fxaccel.rule import Pass, register
 from fxaccel.schedule import Schedule
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 STATES = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 """Tensors that an optimizer keeps for each parameter, of its size."""
-
-
-FORWARDS = 3  # forwards that a step without recomputation takes: backward is two
 
 
 @dataclass(frozen=True)
@@ -95,10 +90,8 @@ class TrainingStep:
     def of(cls, program: Program, optimizer: str, found: Profile | None = None) -> TrainingStep:
         """Of the step at the sizes that the program was captured with, or with the profile at others."""
         found = found or profile(program)
-        weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
-        first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
-        speed = roofline(first.device, first.dtype)
-        return cls(found, speed.seconds(found), found.state * (1 + STATES[optimizer]), speed.link)
+        device = speed(program)
+        return cls(found, device.seconds(found), found.state * (1 + STATES[optimizer]), device.link)
 
     @cached_property
     def whole(self) -> Replayed:

@@ -21,16 +21,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxaccel.errors import OptionError
-from fxaccel.ir import Program, path, tensors
+from fxaccel.ir import Program, path
 from fxaccel.passes._partition_plan import Cut, Step, Terms, cut
 from fxaccel.passes.checkpoint import STATES, read, said
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import profile
-from fxaccel.roofline import roofline
+from fxaccel.roofline import speed
 from fxaccel.rule import Pass, register
 from fxaccel.stages import Stages, again, closure
 
@@ -145,9 +144,7 @@ class Partition(Pass):
                 "leave one of them out",
             )
         found = profile(program)
-        weights = [t for n in program.state for t in tensors(program.placeholder(n).meta["val"])]
-        first = next((t for t in weights if t.dtype.is_floating_point), torch.empty(0))
-        step, terms = Step(program, found, roofline(first.device, first.dtype).seconds(found)), self.terms()
+        step, terms = Step(program, found, speed(program).seconds(found)), self.terms()
         return _planned(step, terms, cut(step, terms, self.named))
 
     def named(self, groups: list[list[fx.Node]]) -> list[int]:

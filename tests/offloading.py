@@ -3,14 +3,11 @@
 import weakref
 
 import torch
-from torch import nn
 
 from fxaccel import recompute
 from fxaccel.offload import Host, Mover
 from fxaccel.replay import lazily, lives, write
 from fxaccel.schedule import HIDDEN, Again, Moved, Schedule
-from tests.helpers import Method
-from tests.random_graphs import Captured, linears
 
 
 def moving(step, names=None, dropped=frozenset()):
@@ -77,12 +74,6 @@ def places(log, word):
     return [entry[1] for entry in log if entry[0] == word]
 
 
-def chain(learns=False):
-    """Three layers with activations that keep their results."""
-    model = Method(lambda m, x: m.l2(m.l1(m.l0(x).tanh()).sigmoid()).exp(), **linears(8, 16, 16, 4))
-    return Captured(model, torch.randn(6, 8, requires_grad=learns))
-
-
 def place(step, name):
     return next(i for i, n in enumerate(step.program.graph.nodes) if n.name == name)
 
@@ -91,28 +82,3 @@ def mixed(fetch="linear_2"):
     """A schedule for `chain`: the second activation is computed again from the first, which was moved."""
     again = Again("linear_2", ("linear_1", "sigmoid"), (("sigmoid", "sigmoid"),))
     return Schedule(("linear_1", "sigmoid"), (again,), (Moved("tanh", fetch, "tanh"),))
-
-
-def branches(m, x):
-    """Three results that share what is below, each with layers of its own."""
-    h = m.l0(x).tanh().exp()
-    first = m.l1(h).sigmoid()
-    second = m.l2(h).tanh()
-    return first * 2, second.exp(), m.l3(h.cos()).tanh()
-
-
-def three():
-    layers = {"l0": nn.Linear(8, 16), **{f"l{i}": nn.Linear(16, 4) for i in (1, 2, 3)}}
-    return Captured(Method(branches, **layers), torch.randn(6, 8))
-
-
-def grads(model):
-    found = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    return found
-
-
-def equal(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)

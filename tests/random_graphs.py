@@ -113,7 +113,66 @@ def identical(got: Outcome, want: Outcome) -> None:
             assert a is None or torch.equal(a, b), f"{name}[{i}]: {(a - b).abs().max()} apart"
 
 
+def equal(ours, theirs):
+    """Lists of tensors, equal bit for bit."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def grads(model):
+    """The gradients of a module, which has none afterwards."""
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+def gone_back_one_by_one(step, ours, wanted, order):
+    """Backward from each result by itself gives equal gradients, whether from ours or from those wanted."""
+    weights = list(step.model.parameters())
+    for i in order:
+        found = [
+            torch.autograd.grad(out[i].sum(), weights, retain_graph=i != order[-1], allow_unused=True)
+            for out in (ours, wanted)
+        ]
+        assert [a is None for a in found[0]] == [b is None for b in found[1]]
+        equal([a for a in found[0] if a is not None], [b for b in found[1] if b is not None])
+
+
+def alive_after(step, forward):
+    """Bytes that live after forward; backward leaves gradients alone, and nothing without these."""
+    with Meter() as meter:
+        out = forward(*step.args)
+        alive = meter.live
+        loss(out).backward()
+        del out
+        assert meter.live == sum(p.nbytes for p in step.model.parameters())
+    step.model.zero_grad()
+    assert meter.live == 0
+    return alive
+
+
 # -- modules ------------------------------------------------------------------------------------------
+
+
+def chain(learns=False):
+    """Three layers with activations that keep their results."""
+    model = Method(lambda m, x: m.l2(m.l1(m.l0(x).tanh()).sigmoid()).exp(), **linears(8, 16, 16, 4))
+    return Captured(model, torch.randn(6, 8, requires_grad=learns))
+
+
+def branches(m, x):
+    """Three results that share what is below, each with layers of its own."""
+    h = m.l0(x).tanh().exp()
+    first = m.l1(h).sigmoid()
+    second = m.l2(h).tanh()
+    return first * 2, second.exp(), m.l3(h.cos()).tanh()
+
+
+def three():
+    """The step of `branches`."""
+    layers = {"l0": nn.Linear(8, 16), **{f"l{i}": nn.Linear(16, 4) for i in (1, 2, 3)}}
+    return Captured(Method(branches, **layers), torch.randn(6, 8))
 
 
 def linears(*sizes):

@@ -10,19 +10,22 @@ from fxaccel.memory import Meter
 from fxaccel.recompute import Timetable
 from fxaccel.schedule import Again, Moved, Schedule
 from tests.helpers import Method
-from tests.offloading import (
-    Watched,
+from tests.offloading import Watched, mixed, moving, place, places, watching
+from tests.random_graphs import (
+    CASES,
+    Attention,
+    Captured,
+    RandomGraph,
     chain,
     equal,
+    gone_back_one_by_one,
     grads,
-    mixed,
-    moving,
-    place,
-    places,
+    identical,
+    linears,
+    listed,
+    loss,
     three,
-    watching,
-)  # fmt: skip
-from tests.random_graphs import CASES, Attention, Captured, RandomGraph, identical, linears, listed, loss
+)
 
 
 @pytest.fixture
@@ -167,15 +170,7 @@ def test_results_are_gone_back_from_one_by_one(order, drops, log):
     dropped = {step.number[n] for n in ("exp", "sigmoid", "cos")} if drops else set()
     made = moving(step, dropped=frozenset(dropped))
     assert made.moved
-    wanted, ours = step.emitted()(*step.args), step.emitted(made)(*step.args)
-    weights = list(step.model.parameters())
-    for i in order:
-        found = [
-            torch.autograd.grad(out[i].sum(), weights, retain_graph=i != order[-1], allow_unused=True)
-            for out in (ours, wanted)
-        ]
-        assert [a is None for a in found[0]] == [b is None for b in found[1]]
-        equal([a for a in found[0] if a is not None], [b for b in found[1] if b is not None])
+    gone_back_one_by_one(step, step.emitted(made)(*step.args), step.emitted()(*step.args), order)
 
 
 def test_what_backward_does_not_come_to_stays_away(log):

@@ -9,8 +9,8 @@ from fxaccel.errors import ArtifactError
 from fxaccel.listing import listing
 from fxaccel.schedule import Moved, Schedule
 from tests.helpers import session
-from tests.offloading import chain, equal, grads, mixed, places, watching
-from tests.random_graphs import loss
+from tests.offloading import mixed, places, watching
+from tests.random_graphs import chain, equal, grads, loss
 
 
 @pytest.fixture

@@ -3,12 +3,22 @@
 import pytest
 import torch
 
-from fxaccel.memory import Meter
 from fxaccel.offload import STEPS, Host, Layout, Pinned
 from fxaccel.schedule import Moved, Schedule
 from tests.helpers import Method
-from tests.offloading import Watched, chain, equal, grads, moving, place, places, watching
-from tests.random_graphs import Captured, Outcome, identical, linears, listed, loss
+from tests.offloading import Watched, moving, place, places, watching
+from tests.random_graphs import (
+    Captured,
+    Outcome,
+    alive_after,
+    chain,
+    equal,
+    grads,
+    identical,
+    linears,
+    listed,
+    loss,
+)
 
 
 @pytest.fixture
@@ -24,13 +34,7 @@ def test_memory_is_free_between_forward_and_backward(log):
     alive = {}
     for names in ((), ("tanh",), ("sigmoid",), ("tanh", "sigmoid")):
         forward = step.emitted(moving(step, names))
-        with Meter() as meter:
-            out = forward(*step.args)
-            alive[names] = meter.live
-            loss(out).backward()
-            del out
-            assert meter.live == sum(p.nbytes for p in step.model.parameters())
-        step.model.zero_grad()
+        alive[names] = alive_after(step, forward)
     assert alive[()] == 2 * 6 * 16 * 4 + 6 * 4 * 4  # tanh, sigmoid and the result
     assert {alive[()] - live for names, live in alive.items() if len(names) == 1} == {6 * 16 * 4}
     assert alive["tanh", "sigmoid"] == 6 * 4 * 4

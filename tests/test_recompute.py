@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fxaccel import recompute
 from fxaccel.memory import Meter
@@ -15,13 +14,23 @@ from fxaccel.recompute import Run
 from fxaccel.replay import write
 from fxaccel.schedule import Again, Schedule
 from tests.helpers import Method
-from tests.random_graphs import CASES, Attention, Captured, ConvNet, identical, linears, listed, loss, native
-
-
-def chain(learns=False):
-    """Three layers with activations that keep their results."""
-    model = Method(lambda m, x: m.l2(m.l1(m.l0(x).tanh()).sigmoid()).exp(), **linears(8, 16, 16, 4))
-    return Captured(model, torch.randn(6, 8, requires_grad=learns))
+from tests.random_graphs import (
+    CASES,
+    Attention,
+    Captured,
+    ConvNet,
+    alive_after,
+    chain,
+    equal,
+    gone_back_one_by_one,
+    grads,
+    identical,
+    linears,
+    listed,
+    loss,
+    native,
+    three,
+)
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["", "input learns"])
@@ -113,18 +122,6 @@ def test_a_schedule_made_by_hand():
 # -- how backward may be called --------------------------------------------------------------------
 
 
-def grads(model):
-    found = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    return found
-
-
-def equal(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
-
-
 def test_backward_again_through_a_graph_that_is_retained():
     step = Captured(Attention(p=0.2), torch.randn(2, 6, 32))
     torch.manual_seed(3)
@@ -160,34 +157,13 @@ def test_two_runs_at_a_time_keep_apart():
         torch.testing.assert_close(got, a + b)
 
 
-def branches(m, x):
-    """Three results that share what is below, each with layers of its own."""
-    h = m.l0(x).tanh().exp()
-    first = m.l1(h).sigmoid()
-    second = m.l2(h).tanh()
-    return first * 2, second.exp(), m.l3(h.cos()).tanh()
-
-
-def three():
-    layers = {"l0": nn.Linear(8, 16), **{f"l{i}": nn.Linear(16, 4) for i in (1, 2, 3)}}
-    return Captured(Method(branches, **layers), torch.randn(6, 8))
-
-
 ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_results_are_gone_back_from_one_by_one(order):
     step = three()
-    wanted, ours = step.emitted()(*step.args), step.scheduled()(*step.args)
-    weights = list(step.model.parameters())
-    for i in order:
-        found = [
-            torch.autograd.grad(out[i].sum(), weights, retain_graph=i != order[-1], allow_unused=True)
-            for out in (ours, wanted)
-        ]
-        assert [a is None for a in found[0]] == [b is None for b in found[1]]
-        equal([a for a in found[0] if a is not None], [b for b in found[1] if b is not None])
+    gone_back_one_by_one(step, step.scheduled()(*step.args), step.emitted()(*step.args), order)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
@@ -248,14 +224,7 @@ def test_what_is_dropped_takes_no_memory():
     alive = {}
     for names in ((), ("tanh",), ("tanh", "sigmoid"), ("sigmoid",)):
         forward = step.scheduled(*names) if names else step.emitted()
-        with Meter() as meter:
-            out = forward(*step.args)
-            alive[names] = meter.live
-            loss(out).backward()
-            del out
-            assert meter.live == sum(p.nbytes for p in step.model.parameters())
-        step.model.zero_grad()
-        assert meter.live == 0
+        alive[names] = alive_after(step, forward)
     assert sizes["tanh"] == sizes["sigmoid"] == 6 * 16 * 4
     assert alive[()] == 2 * 6 * 16 * 4 + 6 * 4 * 4  # tanh, sigmoid and the result
     for names, live in alive.items():

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from fxaccel.errors import OptionError
-from fxaccel.pipeline.simulator import INSTANT, Link
+from fxaccel.pipeline.simulator import INSTANT, Link, check_finite
 
 Floats = npt.NDArray[np.float64]
 
@@ -100,12 +100,7 @@ def _check(chain: Sequence[Node], stages: int) -> None:
             f"expected 1 to {len(chain)} stages for a chain of {len(chain)} nodes, came {stages}"
         )
     for number, node in enumerate(chain):
-        for one in fields(node):
-            value = getattr(node, one.name)
-            if value is not None and not 0 <= value < math.inf:
-                raise OptionError(
-                    f"expected {one.name} of node {number} to be finite, 0 or more, came {value}"
-                )
+        check_finite(node, f"node {number}")
 
 
 def _each(what: str, value: float | Sequence[float], stages: int) -> Sequence[float]:

@@ -20,6 +20,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fxaccel.errors import OptionError
 from fxaccel.pipeline.orders import Action, Order
@@ -169,16 +170,19 @@ def simulate(order: Order, stages: Sequence[Stage], links: Links = INSTANT) -> S
     )
 
 
+def check_finite(costs: Any, what: str) -> None:
+    """Raise OptionError where a number of a record is not one that time or bytes can be."""
+    for one in fields(costs):
+        value = getattr(costs, one.name)
+        if value is not None and not 0 <= value < math.inf:
+            raise OptionError(f"expected {one.name} of {what} to be finite, 0 or more, came {value}")
+
+
 def _check(order: Order, stages: Sequence[Stage]) -> None:
     if len(stages) != len(order.placement):
         raise OptionError(f"expected {len(order.placement)} stages for this order, came {len(stages)}")
     for number, stage in enumerate(stages):
-        for one in fields(stage):
-            value = getattr(stage, one.name)
-            if value is not None and not 0 <= value < math.inf:
-                raise OptionError(
-                    f"expected {one.name} of stage {number} to be finite, 0 or more, came {value}"
-                )
+        check_finite(stage, f"stage {number}")
         if stage.kept is not None and stage.kept > stage.saved:
             raise OptionError(f"expected kept of stage {number} to be at most saved, came {stage.kept}")
 

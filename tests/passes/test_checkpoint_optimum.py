@@ -10,9 +10,9 @@ import pytest
 
 from fxaccel.passes._checkpoint_exact import solved
 from fxaccel.passes._checkpoint_plan import Planner
-from fxaccel.passes.checkpoint import FORWARDS
 from fxaccel.profile import Call, Profile, Value
 from fxaccel.replay import Draft, replay
+from fxaccel.roofline import FORWARDS
 from tests.passes.checkpoint_optimum import searched
 
 KIB = 2**10

@@ -12,9 +12,8 @@ from fxaccel.errors import OptionError
 from fxaccel.ir import Region
 from fxaccel.listing import listing
 from fxaccel.passes import Partition
-from fxaccel.passes._partition_plan import FORWARDS
 from fxaccel.profile import profile
-from fxaccel.roofline import roofline
+from fxaccel.roofline import FORWARDS, roofline
 from fxaccel.schedule import Schedule
 from fxaccel.stage_module import stage_modules
 from fxaccel.stages import parts

@@ -7,9 +7,8 @@ import torch
 
 import fxaccel
 from fxaccel.passes import Partition
-from fxaccel.passes._partition_plan import FORWARDS
 from fxaccel.profile import profile
-from fxaccel.roofline import roofline
+from fxaccel.roofline import FORWARDS, roofline
 from fxaccel.stage_module import stage_modules
 from tests.helpers import session
 from tests.zoo.torchvision_shim import importable
