@@ -155,13 +155,20 @@ def _load_schedule(data: dict[str, Any] | None, nodes: set[str]) -> Schedule | N
 
 
 def _load_stages(data: dict[str, Any], graph: fx.Graph) -> Stages | None:
-    begins = data.get("stages")
-    if begins is None:
+    one = data["stages"]
+    if one is None:
         return None
+    begins, schedules, flights = one["begins"], one["schedules"], one["in_flight"]
     calls = [n.name for n in graph.nodes if n.op not in ("placeholder", "output")]
-    if begins != [n for n in calls if n in set(begins)] or data["schedule"] is not None or not data["grad"]:
+    fit = all(len(given) in (0, len(begins) + 1) for given in (schedules, flights))
+    counts = [one["microbatches"], *flights]
+    fit &= all(isinstance(n, int) and n > 0 for n in counts)
+    if not fit or begins != [n for n in calls if n in set(begins)]:
         raise ValueError("the stages are not of this graph")
-    return Stages(tuple(begins))
+    if data["schedule"] is not None or not data["grad"]:
+        raise ValueError("only a training step without a schedule has stages")
+    loaded = tuple(_load_schedule(s, set(calls)) for s in schedules)
+    return Stages(tuple(begins), one["microbatches"], tuple(flights), loaded)
 
 
 def _load_graph(data: dict[str, Any]) -> fx.GraphModule:

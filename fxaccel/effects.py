@@ -214,6 +214,20 @@ def learned(program: Program) -> set[fx.Node]:
     return found
 
 
+def learning(program: Program) -> set[fx.Node]:
+    """Nodes that need a gradient if all parameters do: of the caller's tensors only those that do (an
+    analysis)."""
+    found, flows = set[fx.Node](), program.facts(learned)
+    for node in program.graph.nodes:
+        stopped = any(r.kind == "grad" and not r.args[0] for r in node.meta.get("regions", ()))
+        if node not in flows or stopped or node.target is torch.ops.aten.detach.default:
+            continue
+        own = node.op == "placeholder" and (node.name in program.state or node.meta["val"].requires_grad)
+        if own or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def differentiable(val: Any) -> bool:
     """Whether it is a tensor of floats or complex numbers."""
     return is_tensor(val) and (val.dtype.is_floating_point or val.dtype.is_complex)

@@ -134,39 +134,44 @@ class Code:
 
 def emit(program: Program) -> Code:
     """The Python code of the program."""
+    return emitter(program).code()
+
+
+def emitter(program: Program, outer: Emitter | None = None) -> Emitter:
+    """What writes the functions of a program, for itself or into the code of another."""
     if program.schedule is None and program.stages is None:
-        return Emitter(program).code()
+        return Emitter(program, outer)
     home = "fxaccel.scheduled" if program.stages is None else "fxaccel.staged"
     made: Any = importlib.import_module(home)  # which are made of what is here
-    return made.Emitter(program).code()
+    return made.Emitter(program, outer)  # type: ignore[no-any-return]
 
 
 class Emitter:
-    """Writes the functions of one program."""
+    """Writes the functions of one program.
 
-    def __init__(self, program: Program) -> None:
+    outer    the emitter into whose code they go: what is global is one, local names are a function's own
+    """
+
+    def __init__(self, program: Program, outer: Emitter | None = None) -> None:
         self.program = program
-        self.constants: dict[str, Any] = {}
-        self.tables: dict[str, tuple[str, str]] = {}
-        self.choices: dict[str, Any] = {}
+        self.constants: dict[str, Any] = {} if outer is None else outer.constants
+        self.tables: dict[str, tuple[str, str]] = {} if outer is None else outer.tables
+        self.choices: dict[str, Any] = {} if outer is None else outer.choices
+        self.read: dict[str, str] = {} if outer is None else outer.read
+        self.everywhere: set[str] = (
+            {"torch", "inf", "nan", *_FUNCTIONS} if outer is None else outer.everywhere
+        )
+        self.taken: set[str] = set()
         self.shared: dict[Any, str] = {}
         self.laid: dict[Any, str] = {}
         self.takes: dict[fx.Node, str] = {}
-        self.read: dict[str, str] = {}
         self.names: dict[fx.Node, str] = {}
-        self.taken: set[str] = {"torch", "inf", "nan", *_FUNCTIONS}
         self.inputs = [n for n in program.inputs if n is not None]
         self.functions: list[list[str]] = []
 
     def code(self) -> Code:
-        nodes = list(self.program.graph.nodes)
+        nodes, inputs = list(self.program.graph.nodes), self.given()
         body = [n for n in nodes if n.op not in ("placeholder", "output")]
-        for node in nodes:
-            if node.op == "placeholder":
-                self.names[node] = (
-                    self.state_read(node) if node.name in self.program.state else self.local(node.name)
-                )
-        inputs = [self.names[self.program.placeholder(n)] for n in self.inputs]
         ahead, kept = derived(self.program)
         body = [n for n in body if n not in ahead]
         functions = self.ahead(inputs, ahead, kept, body)
@@ -179,6 +184,20 @@ class Emitter:
         functions = [[*self.accepts(inputs)], [*self.fits()], *self.functions, lines, *functions]
         source = "\n\n\n".join("\n".join(f) for f in functions) + "\n"
         return Code(source, self.constants, self.tables, self.choices, len(self.laid))
+
+    def function(self, name: str) -> list[list[str]]:
+        """The program as one function of this name, behind those that it calls."""
+        nodes, inputs = list(self.program.graph.nodes), self.given()
+        body = [n for n in nodes if n.op not in ("placeholder", "output")]
+        lines = self.body(body, nodes[-1])
+        return [*self.functions, [f"def {name}({', '.join(inputs)}):", *indented(lines)]]
+
+    def given(self) -> list[str]:
+        """Names of the inputs; state is read where it is."""
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            is_state = node.name in self.program.state
+            self.names[node] = self.state_read(node) if is_state else self.local(node.name)
+        return [self.names[self.program.placeholder(n)] for n in self.inputs]
 
     def body(self, body: list[fx.Node], output: fx.Node) -> list[str]:
         """Statements that compute all nodes and return what the output node reads."""
@@ -232,20 +251,31 @@ class Emitter:
     # -- names ------------------------------------------------------------------------------------
 
     def local(self, wish: str) -> str:
+        """A name within the function."""
+        name = self.free(wish)
+        self.taken.add(name)
+        return name
+
+    def title(self, wish: str) -> str:
+        """A name that is global."""
+        name = self.free(wish)
+        self.everywhere.add(name)
+        return name
+
+    def free(self, wish: str) -> str:
         name = re.sub(r"\W", "_", wish)
         name = f"_{name}" if not name.isidentifier() or keyword.iskeyword(name) else name
         base, i = name, 0
-        while name in self.taken:
+        while name in self.taken or name in self.everywhere:
             i += 1
             name = f"{base}_{i}"
-        self.taken.add(name)
         return name
 
     def constant(self, wish: str, value: Any) -> str:
         for name, known in self.constants.items():
-            if known is value:
+            if known is value and name not in self.taken:  # a local name of another function may be the same
                 return name
-        name = self.local(wish)
+        name = self.title(wish)
         self.constants[name] = value
         return name
 
@@ -262,10 +292,10 @@ class Emitter:
         path, _, key = name.rpartition(".")
         kind = self.program.kind(name)
         want = (kind, path)
-        table = next((t for t, at in self.tables.items() if at == want), None)
+        table = next((t for t, at in self.tables.items() if at == want and t not in self.taken), None)
         if table is None:
             prefix = "" if kind == "parameter" else "b_"
-            table = self.local(prefix + (path.replace(".", "_") or "root"))
+            table = self.title(prefix + (path.replace(".", "_") or "root"))
             self.tables[table] = want
         return f"{table}[{key!r}]"
 

@@ -104,7 +104,7 @@ def _capture(one: Capture, key: Any, prefix: str, tensors: dict[str, Tensor]) ->
         "grad": program.grad,
         "notes": program.notes,
         "schedule": None if program.schedule is None else asdict(program.schedule),
-        "stages": None if program.stages is None else list(program.stages.begins),
+        "stages": None if program.stages is None else asdict(program.stages),
         "report": json.loads(Report([one.report]).to_json()),
         "proofs": [
             {

@@ -164,8 +164,9 @@ def _line(program: Program, namer: Namer, node: fx.Node) -> Line:
 
 def _kept(program: Program, node: fx.Node) -> list[str]:
     """What a schedule says of the results of a node: they are not kept for backward, or not on the device."""
-    if program.schedule is None:
-        return []
-    made, moved = {*_results(node), node.name + HIDDEN}, {one.value for one in program.schedule.moved}
-    kept = ["not kept"] * (not made.isdisjoint(program.schedule.dropped))
-    return [*kept, *["moved to the host"] * (not made.isdisjoint(moved))]
+    stages = () if program.stages is None else program.stages.schedules
+    made, found = {*_results(node), node.name + HIDDEN}, list[str]()
+    for schedule in filter(None, (program.schedule, *stages)):
+        found += ["not kept"] * (not made.isdisjoint(schedule.dropped))
+        found += ["moved to the host"] * (not made.isdisjoint(one.value for one in schedule.moved))
+    return list(dict.fromkeys(found))

@@ -115,15 +115,17 @@ class Profile:
         return replace(self, calls=calls)
 
 
-def profile(program: Program) -> Profile:
+def profile(program: Program, loss: bool = True) -> Profile:
     """The profile of a training step at the sizes that the program was captured with.
+
+    loss    whether backward begins at the loss alone, where an output is one number
 
     Raises RuleError where the graph cannot be run without data.
     """
-    return watched(program, Watch).profile()
+    return watched(program, Watch, loss).profile()
 
 
-def watched(program: Program, kind: Callable[[Program], W]) -> W:
+def watched(program: Program, kind: Callable[[Program], W], loss: bool = True) -> W:
     """A watch of this kind that has seen the step."""
     watch = kind(program)
     fakes = _Fakes(watch.meter)
@@ -147,7 +149,7 @@ def watched(program: Program, kind: Callable[[Program], W]) -> W:
                 f"the step cannot be run without data: {type(error).__name__}: {error}"
             ) from error
         watch.shown(outputs)
-        watch.backward(outputs)
+        watch.backward(outputs, loss)
     return watch
 
 
@@ -331,12 +333,12 @@ class Watch(Run):
 
     # -- backward ---------------------------------------------------------------------------------
 
-    def backward(self, outputs: Sequence[Any]) -> None:
+    def backward(self, outputs: Sequence[Any], from_loss: bool) -> None:
         """Run backward from the loss, or from all outputs."""
         roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
         if not roots:
             raise RuleError("no output of the step has a gradient")
-        loss = next((t for t in roots if t.numel() == 1), None)
+        loss = next((t for t in roots if t.numel() == 1 and from_loss), None)
         chosen = roots if loss is None else [loss]
         self.returning, self.present = True, -1
         torch.autograd.backward(chosen, [torch.ones_like(t) for t in chosen])

@@ -32,7 +32,7 @@ __all__ = ["ANY", "Finder", "Match", "Miss", "Ops", "Pass", "Refusals", "Rule", 
 Refusals = Iterator[str]
 Numerics = Literal["bitwise", "reassociated", "lower_precision", "approximate"]
 NUMERICS: tuple[Numerics, ...] = ("bitwise", "reassociated", "lower_precision", "approximate")
-STEPS = ("raise", "rewrite", "plan", "lower", "schedule", "cut")
+STEPS = ("raise", "rewrite", "plan", "lower", "cut", "schedule")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

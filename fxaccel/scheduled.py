@@ -41,8 +41,8 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 class Emitter(emit.Emitter):
     """Writes the functions of a program that has a schedule."""
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
+    def __init__(self, program: Program, outer: emit.Emitter | None = None) -> None:
+        super().__init__(program, outer)
         self.schedule = program.schedule or Schedule()
         nodes = list(program.graph.nodes)
         self.node = {n.name: n for n in nodes}
@@ -130,11 +130,9 @@ class Part(emit.Emitter):
     """
 
     def __init__(self, outer: Emitter, one: Again) -> None:
-        super().__init__(outer.program)
-        self.constants, self.taken, self.tables = outer.constants, outer.taken, outer.tables
-        self.choices, self.read = outer.choices, outer.read
+        super().__init__(outer.program, outer)
         self.outer, self.one = outer, one
-        self.name = self.local(f"again_{one.before}")
+        self.name = self.title(f"again_{one.before}")
         self.nodes, inside = [outer.node[name] for name in one.nodes], set(one.nodes)
         read = dict.fromkeys(a for n in self.nodes for a in reads(n) if a.name not in inside)
         self.taken_up = [n for n in read if n.name in outer.slot]

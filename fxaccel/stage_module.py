@@ -91,7 +91,7 @@ def stage_modules(model: AcceleratedModule, *args: Any, **kwargs: Any) -> list[S
     one = _cut(model, example)
     program: Program = one.program
     found: list[Part] = program.facts(parts)
-    state, names = _state(model), _names(model, program, found)
+    state, names = _state(model), _names(model, found)
     made = [StageModule(i, len(found), {n: state[n] for n in own}) for i, own in enumerate(names)]
     flow = _flow(one, found, state, example.tensors)
     for stage, receives, sends in zip(made, flow[:-1], flow[1:], strict=True):
@@ -128,15 +128,12 @@ def _state(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _names(model: nn.Module, program: Program, found: list[Part]) -> list[list[str]]:
+def _names(model: nn.Module, found: list[Part]) -> list[list[str]]:
     """Names of what each stage holds: what it reads, by all of its names; the first also what none reads."""
-    alike, shown = {name: group for group in ties(model) for name in group}, program.graph.output_node()
+    alike = {name: group for group in ties(model) for name in group}
     read = []
     for part in found:
-        calls = [n for n in part.nodes if n not in part.sizes] + [shown] * (part is found[-1])
-        reads = dict.fromkeys(a for n in calls for a in n.all_input_nodes)
-        slots = [program.state[n.name] for n in reads if n.name in program.state]
-        names = [s.name for s in slots if s.kind != "constant"]
+        names = [slot.name for slot in part.program.state.values() if slot.kind != "constant"]
         read.append(list(dict.fromkeys(m for n in names for m in alike.get(n, (n,)))))
     known = {n for names in read for n in names}
     read[0] += [n for n in _state(model) if n not in known]

@@ -1,64 +1,46 @@
 """The code of a program that is cut: one function a stage, which forward calls in turn.
 
     def stage_0(x):                              def forward(x):
-        linear = linear(x, fc['weight'])             linear = stage_0(x)
-        return linear                                return stage_1(linear)
+        linear = linear(x, fc['weight'])             linear, = stage_0(x)
+        return [linear]                              return stage_1(linear)
 
     def stage_1(linear):
         ...
         return [y]
 
-A stage can be taken out as a module that holds its own parameters and buffers alone (`taken`).
+A stage can be taken out as a module that holds its own parameters and buffers alone (`stage_module`).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from fxaccel import emit
-from fxaccel.effects import last_uses
-from fxaccel.emit import indented
 from fxaccel.errors import RuleError
 from fxaccel.ir import Program
-from fxaccel.stages import Part, parts
+from fxaccel.stages import parts
 
 
 class Emitter(emit.Emitter):
     """Writes the functions of a program that is cut."""
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program)
+    def __init__(self, program: Program, outer: emit.Emitter | None = None) -> None:
+        super().__init__(program, outer)
         if program.schedule is not None or not program.grad:
             raise RuleError("only a training step without a schedule can be cut into stages")
-        self.parts: list[Part] = program.facts(parts)
-        self.sizes: dict[fx.Node, tuple[fx.Node, int]] = {}
-        for number in range(len(self.parts)):
-            self.taken.add(name_of(number))
+        self.parts = program.facts(parts)
+        self.stages = [self.title(name_of(number)) for number in range(len(self.parts))]
 
     def body(self, body: list[fx.Node], output: fx.Node) -> list[str]:
         lines = list[str]()
-        for number, part in enumerate(self.parts):
-            received, last = ", ".join(self.names[n] for n in part.receives), part is self.parts[-1]
-            shown = self.stage(part, list(output.args[0]) if last else tuple(part.sends))
-            self.functions.append([f"def {name_of(number)}({received}):", *indented(shown)])
-            call, sent = f"{name_of(number)}({received})", "".join(f"{self.names[n]}, " for n in part.sends)
+        for name, part in zip(self.stages, self.parts, strict=True):
+            self.functions += emit.emitter(part.program, self).function(name)
+            call = f"{name}({', '.join(self.names[n] for n in part.receives)})"
+            self.names.update((n, self.local(n.name)) for n in part.sends if n not in self.names)
+            sent = "".join(f"{self.names[n]}, " for n in part.sends)
+            last = part is self.parts[-1]
             lines.append(f"return {call}" if last else f"{sent.rstrip()} = {call}" if sent else call)
         return lines
-
-    def stage(self, part: Part, shown: Any) -> list[str]:
-        """Statements of one stage; names and what kernels share are its own."""
-        self.sizes, self.shared = part.sizes, {}
-        nodes, kept = list(part.nodes), [n for n in shown if isinstance(n, fx.Node)]
-        lines = self.block(nodes, last_uses(nodes, kept), 0)
-        return [*lines, f"return {self.argument(shown)}"]
-
-    def expression(self, node: fx.Node) -> str:
-        if node in self.sizes:
-            tensor, dim = self.sizes[node]
-            return f"{self.names[tensor]}.shape[{dim}]"
-        return super().expression(node)
 
 
 def name_of(number: int) -> str:

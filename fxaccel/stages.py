@@ -9,15 +9,18 @@ So are views of parameters, and sizes, which a stage reads off any tensor that i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxaccel.cost import node_flops
-from fxaccel.effects import aliased_arguments, has_effect, learned, written
+from fxaccel.effects import aliased_arguments, has_effect, learned, learning, written
+from fxaccel.errors import OptionError
 from fxaccel.ir import Program, expr, is_tensor, number
+from fxaccel.schedule import Schedule
 
 _SIZE = torch.ops.aten.sym_size.int
 
@@ -26,26 +29,38 @@ _SIZE = torch.ops.aten.sym_size.int
 class Stages:
     """Where a program is cut.
 
-    begins    name of the first call of each stage but the first, in the order of the graph
+    begins          name of the first call of each stage but the first, in the order of the graph
+    microbatches    that the captured batch is to be cut into
+    in_flight       of how many of them each stage holds what waits for backward; empty for one
+    schedules       which values autograd does not keep of each stage; empty where it keeps all of all
     """
 
     begins: tuple[str, ...]
+    microbatches: int = 1
+    in_flight: tuple[int, ...] = ()
+    schedules: tuple[Schedule | None, ...] = ()
+
+    def flight(self, number: int) -> int:
+        """Microbatches of which a stage holds what waits for backward."""
+        return self.in_flight[number] if self.in_flight else 1
+
+    def schedule(self, number: int) -> Schedule | None:
+        """That of a stage."""
+        return self.schedules[number] if self.schedules else None
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stage of a program.
+    """A stage of a program, by the nodes of that program, and as a program of its own.
 
-    nodes       what it computes, in the order of the graph
     receives    what it takes: the inputs of the program, or what the stage before it sends
     sends       what it returns; of the last stage nothing, which returns the outputs
-    sizes       call for a size -> the tensor that has it and the dimension, where that is not the one asked
+    program     takes and returns these, under the same names; structures, sizes and guards are not its own
     """
 
-    nodes: tuple[fx.Node, ...]
     receives: tuple[fx.Node, ...]
     sends: tuple[fx.Node, ...]
-    sizes: dict[fx.Node, tuple[fx.Node, int]]
+    program: Program
 
 
 # -- what is made again ----------------------------------------------------------------------------
@@ -150,15 +165,14 @@ class _Cut:
 
     def parts(self) -> list[Part]:
         found, sends = list[Part](), list[fx.Node]()
-        for i, own in reversed(list(enumerate(self.own))):
-            last = i == len(self.own) - 1
-            part = self.part(own, sends, self.outputs if last else [], i == 0)
-            found.append(part)
-            sends = list(part.receives)
+        for i in reversed(range(len(self.own))):
+            found.append(self.part(i, sends))
+            sends = list(found[-1].receives)
         return found[::-1]
 
-    def part(self, own: list[fx.Node], sends: list[fx.Node], outputs: list[fx.Node], first: bool) -> Part:
-        made = set(own)
+    def part(self, number: int, sends: list[fx.Node]) -> Part:
+        own, first, last = self.own[number], number == 0, number == len(self.own) - 1
+        outputs, made = self.outputs if last else [], set(own)
         read = dict.fromkeys([a for n in own for a in n.all_input_nodes] + outputs)
         inside = closure(self.made_again, read)
         for node in sorted(inside, key=self.index.__getitem__):
@@ -174,7 +188,12 @@ class _Cut:
                 self.carried(node, there, {*made, *inside}, sizes)
         nodes = sorted([*own, *inside], key=self.index.__getitem__)
         receives = there if first else sorted(there, key=self.index.__getitem__)
-        return Part(tuple(nodes), tuple(receives), tuple(sends), sizes)
+        shown = self.program.graph.output_node().args[0] if last else sends
+        assert self.program.stages is not None, "the program is cut"
+        schedule = self.program.stages.schedule(number)
+        own_program = alone(self.program, nodes, receives, shown, sizes)
+        hints = microbatch(self.program, self.program.stages.microbatches)
+        return Part(tuple(receives), tuple(sends), replace(own_program, schedule=schedule, hints=hints))
 
     def carried(
         self, node: fx.Node, there: list[fx.Node], made: set[fx.Node],
@@ -192,3 +211,76 @@ class _Cut:
                     sizes[node] = tensor, d
                     return
         there.append(asked)
+
+
+# -- microbatches ----------------------------------------------------------------------------------
+
+
+def batch(program: Program) -> str:
+    """The symbol of the batch: the first dimension of the first input. OptionError where that is fixed."""
+    first = next((n for n in program.inputs if n is not None), None)
+    shape = program.placeholder(first).meta["val"].shape if first is not None else ()
+    if not shape or not expr(shape[0]).is_Symbol:
+        raise OptionError(
+            f"the first dimension of {first or 'the first input'} is fixed, so there is no batch to choose",
+            "capture with a batch of two or more",
+        )
+    return str(expr(shape[0]))
+
+
+def microbatch(program: Program, count: int) -> dict[str, int]:
+    """The sizes of one of so many equal parts of the captured batch."""
+    if count == 1:
+        return program.hints
+    symbol = batch(program)
+    if program.hints[symbol] % count:
+        raise OptionError(
+            f"the captured batch of {program.hints[symbol]} cannot be cut into {count} equal microbatches"
+        )
+    return {**program.hints, symbol: program.hints[symbol] // count}
+
+
+# -- a stage as a program --------------------------------------------------------------------------
+
+
+def alone(
+    program: Program, nodes: Sequence[fx.Node], receives: Sequence[fx.Node], shown: Any,
+    sizes: Mapping[fx.Node, tuple[fx.Node, int]],
+) -> Program:  # fmt: skip
+    """These nodes as a program that takes what they receive and returns what is shown, names as they were.
+
+    sizes    call for a size -> the tensor that has it and the dimension, where that is not the one asked
+    """
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    made, shown = {*nodes, *receives}, list(shown)
+    read = {a for n in nodes if n not in sizes for a in n.all_input_nodes if a not in made}
+    read |= {n for n in shown if isinstance(n, fx.Node) and n not in made}
+    state = [n for n in program.graph.find_nodes(op="placeholder") if n in read]
+    for node in [*state, *receives]:
+        env[node] = graph.create_node("placeholder", node.name, name=node.name)
+        env[node].meta = {**node.meta, "val": _received(program, node)}
+    for node in nodes:
+        asked = (env[sizes[node][0]], sizes[node][1]) if node in sizes else None
+        if asked is None:
+            env[node] = graph.node_copy(node, env.__getitem__)
+        else:
+            env[node] = graph.create_node(node.op, node.target, asked, name=node.name)
+        env[node].meta = dict(node.meta)
+    output = graph.output(fx.map_arg(shown, env.__getitem__))
+    output.meta = dict(program.graph.output_node().meta)
+    assert all(new.name == node.name for node, new in env.items()), "names are as they were"
+    slots = {n.name: program.state[n.name] for n in state}
+    names = {slot.name for slot in slots.values() if slot.kind == "constant"}
+    return replace(
+        program, graph=graph, state=slots, inputs=tuple(n.name for n in receives), baked={}, sizes={},
+        constants={k: v for k, v in program.constants.items() if k in names}, guards=(), notes=[],
+        contiguous=frozenset(), schedule=None, stages=None, _facts={},
+    )  # fmt: skip
+
+
+def _received(program: Program, node: fx.Node) -> Any:
+    """The value of a node as an input: with a gradient where one flows back."""
+    val = node.meta["val"]
+    if isinstance(val, Tensor) and node.op != "placeholder":
+        return val.detach().requires_grad_(node in program.facts(learning))
+    return val

@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import sympy
 
+from fxaccel import stages
 from fxaccel.errors import OptionError, RuleError
 from fxaccel.formulas import Formulas
-from fxaccel.ir import Program, expr, path
+from fxaccel.ir import Program, path
 from fxaccel.passes._checkpoint_parts import cuts, droppable
 from fxaccel.passes._checkpoint_plan import Planner
 from fxaccel.passes.checkpoint import Checkpoint, Plan, TrainingStep, read, said
@@ -149,15 +150,9 @@ def largest_batch(
 
 
 def batch(program: Program) -> str:
-    """The name of the size that is the batch."""
-    first = next((n for n in program.inputs if n is not None), None)
-    shape = program.placeholder(first).meta["val"].shape if first is not None else ()
-    if not shape or not expr(shape[0]).is_Symbol:
-        raise OptionError(
-            f"the first dimension of {first or 'the first input'} is fixed, so there is no batch to choose",
-            "capture with a batch of two or more",
-        )
-    return f"{first}.0"
+    """The name of the size that is the batch; OptionError where it is fixed."""
+    stages.batch(program)
+    return f"{next(n for n in program.inputs if n is not None)}.0"
 
 
 @dataclass(frozen=True)
@@ -259,6 +254,8 @@ def study(program: Program, checkpoint: Checkpoint, points: int) -> Study:
     """What `checkpoint` would do with a program; raises OptionError for a budget that cannot be kept."""
     if points < 2:
         raise OptionError(f"points is {points}, expected at least 2")
+    if program.stages is not None:
+        raise OptionError("a step in stages has a plan for each of them", "leave partition out of the passes")
     step = TrainingStep.of(program, checkpoint.optimizer)
     plan = checkpoint.for_step(step)
     amount, in_bytes = (0.0, True) if checkpoint.budget is None else read(checkpoint.budget)

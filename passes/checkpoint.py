@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,14 +27,16 @@ from fxaccel.errors import OptionError
 from fxaccel.ir import Program
 from fxaccel.passes._checkpoint_plan import Planner
 from fxaccel.profile import Profile, profile
-from fxaccel.replay import Draft, Replayed, replay, write
+from fxaccel.replay import Draft, Replayed, lives, replay, write
 from fxaccel.roofline import FORWARDS, speed
 from fxaccel.rule import Pass, register
 from fxaccel.schedule import Schedule
+from fxaccel.stages import nbytes, parts
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 STATES = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 """Tensors that an optimizer keeps for each parameter, of its size."""
+NEAR = 100  # steps of a search for what one microbatch of several may take
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,32 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class StagedPlan:
+    """A plan for each stage of a step that is cut, for one of its microbatches."""
+
+    stages: tuple[Plan, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"stage {i}: {plan}" for i, plan in enumerate(self.stages))
+
+
+@dataclass(frozen=True)
 class TrainingStep:
     """One training step of a program, and what there is to plan with.
 
-    fixed    bytes of parameters and of the optimizer's state
-    link     bytes a second to the host's memory, 0 where the step's memory is that
+    fixed     bytes of parameters and of the optimizer's state; of gradients, too, where there are several
+              microbatches, which add up in them
+    link      bytes a second to the host's memory, 0 where the step's memory is that
+    flight    of how many microbatches at once there is what waits for backward
+    carried   bytes of each of them besides the values of the step: what a stage has received
     """
 
     profile: Profile
     seconds: dict[int, float]
     fixed: int
     link: float = 0.0
+    flight: int = 1
+    carried: int = 0
 
     @classmethod
     def of(cls, program: Program, optimizer: str, found: Profile | None = None) -> TrainingStep:
@@ -93,10 +110,56 @@ class TrainingStep:
         device = speed(program)
         return cls(found, device.seconds(found), found.state * (1 + STATES[optimizer]), device.link)
 
+    @classmethod
+    def of_stage(cls, program: Program, number: int, optimizer: str) -> TrainingStep:
+        """Of one microbatch on a stage of a program that is cut."""
+        part, stages = program.facts(parts)[number], program.stages
+        assert stages is not None, "the program is cut"
+        last = number == len(stages.begins)
+        step = cls.of(part.program, optimizer, profile(part.program, loss=last))
+        carried = sum(nbytes(part.program, part.program.placeholder(n.name)) for n in part.receives)
+        step = replace(step, flight=stages.flight(number), carried=carried)
+        if stages.microbatches == 1:
+            return step
+        grads = step.profile.grads
+        return replace(step, profile=step.profile.without_gradients(), fixed=step.fixed + grads)
+
     @cached_property
     def whole(self) -> Replayed:
         """What it costs to keep everything."""
-        return replay(self.profile, Draft(), self.seconds)
+        return self.cost(Draft())
+
+    def cost(self, draft: Draft) -> Replayed:
+        """Of a draft, with what the other microbatches hold."""
+        cost = replay(self.profile, draft, self.seconds)
+        more = self.carried
+        if self.flight > 1:
+            found, values = lives(self.profile, draft), enumerate(self.profile.values)
+            waits = sum(
+                v.nbytes for i, v in values if (i in found.lowest or v.shown) and i not in draft.moved
+            )
+            more += (self.flight - 1) * (waits + self.carried)
+        return replace(cost, peak=cost.peak + more, inner=cost.inner + more)
+
+    def draft(self, planner: Planner, limit: int, exact: bool) -> Draft | None:
+        """A draft that costs at most `limit`, by a planner of the step, which sees one microbatch alone."""
+        make = planner.optimum if exact else planner.plan
+        if self.flight == 1:
+            return make(limit - self.carried)
+        low, high, middle, best = 0, planner.need + 1, planner.need, None
+        while high - low > planner.need // NEAR + 1:
+            found = make(middle)
+            if found is not None and self.bytes(found, planner) > limit:
+                high = middle
+            else:
+                low, best = middle, found or best
+            middle = (low + high) // 2
+        return best
+
+    def bytes(self, draft: Draft, planner: Planner) -> int:
+        """What a planner's budget is one of: the peak, or that of activations alone."""
+        cost = self.cost(draft)
+        return cost.peak if planner.profile is self.profile else cost.inner
 
     def planner(self, share: bool) -> Planner:
         """Plans for a peak, or where a share is asked for, for the peak of activations alone."""
@@ -104,7 +167,7 @@ class TrainingStep:
 
     def planned(self, draft: Draft) -> Plan:
         """A draft with what it costs."""
-        cost, values = replay(self.profile, draft, self.seconds), self.profile.values
+        cost, values = self.cost(draft), self.profile.values
 
         def rows(numbers: Iterable[int]) -> dict[str, int]:
             found = dict[str, int]()
@@ -144,7 +207,8 @@ class Checkpoint(Pass):
 
     budget         "6GiB", the peak of the whole step: parameters, their gradients, the optimizer's state and
                    activations; or "0.4", the share of the activation memory of the step as it is (its peak
-                   without those others)
+                   without those others). Where partition has cut the step, each stage keeps within the
+                   budget; a share is one of what the stage needs that needs most
     max_overhead   in the place of a budget: the most to compute again, as a share of the time of forward and
                    backward; the smallest peak that it buys is taken
     optimizer      whose state counts: none, sgd, momentum, adam, adamw
@@ -174,21 +238,36 @@ class Checkpoint(Pass):
         elif not isinstance(self.max_overhead, (int, float)) or not 0 <= self.max_overhead < math.inf:
             raise OptionError(f"max_overhead is {self.max_overhead!r}, expected a share from 0, as 0.1")
 
-    def plan(self, program: Program) -> Plan:
-        return self.for_step(TrainingStep.of(program, self.optimizer))
+    def plan(self, program: Program) -> Plan | StagedPlan:
+        if program.stages is None:
+            return self.for_step(TrainingStep.of(program, self.optimizer))
+        count = len(program.stages.begins) + 1
+        steps = [TrainingStep.of_stage(program, i, self.optimizer) for i in range(count)]
+        most = max(step.whole.inner for step in steps)
+        return StagedPlan(tuple(self._for_stage(i, step, most) for i, step in enumerate(steps)))
 
-    def for_step(self, step: TrainingStep) -> Plan:
-        """The plan of a step; OptionError where the budget cannot be kept."""
+    def _for_stage(self, number: int, step: TrainingStep, most: int) -> Plan:
+        try:
+            return self.for_step(step, most)
+        except OptionError as error:
+            raise OptionError(f"of stage {number}, {error.message}", error.hint) from None
+
+    def for_step(self, step: TrainingStep, most: int | None = None) -> Plan:
+        """The plan of a step; OptionError where the budget cannot be kept.
+
+        most    bytes of activations that a budget is a share of, those of the step if not said
+        """
+        most = step.whole.inner if most is None else most
         if self.budget is None:
-            most = float(self.max_overhead or 0.0) * FORWARDS * sum(step.seconds.values())
-            return step.planned(step.planner(share=False).within(most))
+            spare = float(self.max_overhead or 0.0) * FORWARDS * sum(step.seconds.values())
+            return step.planned(step.planner(share=False).within(spare))
         amount, bytes_asked = read(self.budget)
         planner = step.planner(share=not bytes_asked)
-        limit = amount - step.fixed if bytes_asked else amount * step.whole.inner
-        found = planner.optimum(int(limit)) if self.exact else planner.plan(int(limit))
+        limit = amount - step.fixed if bytes_asked else amount * most
+        found = step.draft(planner, int(limit), self.exact)
         if found is None:
-            least = planner.smallest
-            smallest = said(step.fixed + least) if bytes_asked else f"{least / step.whole.inner:.3f}"
+            least = step.bytes(planner.within(math.inf), planner)
+            smallest = said(step.fixed + least) if bytes_asked else f"{least / most:.3f}"
             raise OptionError(
                 f"the budget of {self.budget} cannot be kept, the smallest that can is {smallest}",
                 "a smaller batch or a shorter sequence takes less",
@@ -201,13 +280,20 @@ class Checkpoint(Pass):
 
         return study(program, self, points)
 
-    def apply(self, program: Program, plan: Plan, driver: Any) -> None:
-        if not plan.let_go and not plan.moved:
+    def apply(self, program: Program, plan: Plan | StagedPlan, driver: Any) -> None:
+        plans = plan.stages if isinstance(plan, StagedPlan) else (plan,)
+        schedules = tuple(one.schedule if one.let_go or one.moved else None for one in plans)
+        if not any(schedules):
             driver.refused(program.graph.output_node(), str(plan))
             return
-        program.schedule = plan.schedule
+        if program.stages is None:
+            (program.schedule,) = schedules
+        else:
+            program.stages = replace(program.stages, schedules=schedules)
+            program.changed()
         nodes = {n.name: n for n in program.graph.nodes}
-        for call, nbytes in plan.let_go.items():
-            driver.applied(nodes[call], f"{said(nbytes)} are computed again in backward")
-        for call, nbytes in plan.moved.items():
-            driver.applied(nodes[call], f"{said(nbytes)} are moved to the host until backward")
+        for one in plans:
+            for call, size in one.let_go.items():
+                driver.applied(nodes[call], f"{said(size)} are computed again in backward")
+            for call, size in one.moved.items():
+                driver.applied(nodes[call], f"{said(size)} are moved to the host until backward")

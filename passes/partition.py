@@ -100,7 +100,6 @@ class Partition(Pass):
     step = "cut"
     numerics = "reassociated"
     serves = ("training",)
-    conflicts = ("checkpoint",)
 
     stages: int | None = None
     at: tuple[str, ...] | str = ()
@@ -141,7 +140,7 @@ class Partition(Pass):
             raise OptionError(
                 "another pass says when values of the whole step are computed again, and a stage has a "
                 "backward of its own",
-                "leave one of them out",
+                "let it run after partition, on the stages",
             )
         found = profile(program)
         step, terms = Step(program, found, speed(program).seconds(found)), self.terms()
@@ -157,7 +156,8 @@ class Partition(Pass):
         if calls != sorted(calls):
             _move(calls, made_again, program.graph.output_node())
         begins = [nodes[stage[0]] for stage in plan.order[1:]]
-        program.stages = Stages(tuple(n.name for n in begins))
+        flights = tuple(self.terms().in_flight)
+        program.stages = Stages(tuple(n.name for n in begins), self.microbatches, flights)
         program.changed()
         for node, stage in zip(begins, plan.stages[1:], strict=True):
             driver.applied(node, f"a stage begins, of {1e3 * stage.seconds:.3g} ms")

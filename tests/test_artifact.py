@@ -379,12 +379,16 @@ def test_regions_cannot_become_code(small, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda one, name: one.update(stages=["absent"]),
-        lambda one, name: one.update(stages=[name, name]),
-        lambda one, name: one.update(stages=name),
-        lambda one, name: one.update(stages=[[name]]),
-        lambda one, name: one.update(stages=[name], grad=False),
-        lambda one, name: one.update(stages=[name], schedule={"dropped": [], "again": []}),
+        lambda one, name: one.update(stages=staged("absent")),
+        lambda one, name: one.update(stages=staged(name, name)),
+        lambda one, name: one.update(stages=staged(*name)),
+        lambda one, name: one.update(stages=staged([name])),
+        lambda one, name: one.update(stages=staged(), grad=False),
+        lambda one, name: one.update(stages=staged(), schedule={"dropped": [], "again": []}),
+        lambda one, name: one.update(stages=staged(microbatches=0)),
+        lambda one, name: one.update(stages=staged(in_flight=[1, 1])),
+        lambda one, name: one.update(stages=staged(schedules=[None, None])),
+        lambda one, name: one.update(stages=staged(schedules=[{"dropped": ["absent"], "again": []}])),
     ],
 )
 def test_stages_are_those_of_the_graph(small, tmp_path, change):
@@ -393,6 +397,16 @@ def test_stages_are_those_of_the_graph(small, tmp_path, change):
 
     with pytest.raises(ArtifactError):
         fxaccel.load(forged(small, tmp_path, changed))
+    whole = forged(small, tmp_path, lambda c: c["captures"][0].update(stages=staged(), grad=True))
+    assert "def stage_0(" in fxaccel.load(whole).code
+
+
+def staged(*begins, microbatches=1, in_flight=(), schedules=()):
+    """What a file says of stages."""
+    return {
+        "begins": list(begins), "microbatches": microbatches, "in_flight": list(in_flight),
+        "schedules": list(schedules),
+    }  # fmt: skip
 
 
 def test_nothing_is_imported_for_a_file(small, tmp_path):

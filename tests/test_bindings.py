@@ -165,7 +165,7 @@ def test_a_binding_computes_what_its_operator_does(name):
     graph = torch.fx.Graph()
     node = graph.call_function(target, args)
     emitter = emit.Emitter.__new__(emit.Emitter)
-    emitter.constants, emitter.taken = {}, set()
+    emitter.constants, emitter.taken, emitter.everywhere = {}, set(), set()
     called = emitter.constants[emitter.operator(node)]
     got = called(*args)
     if not isinstance(want, (tuple, list)):

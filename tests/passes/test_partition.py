@@ -211,7 +211,8 @@ def test_a_region_without_gradients_stays_together():
     model, args, _ = made("regions")
     fast = cut(model, args, stages=3)
     for part in program_of(fast).facts(parts):
-        inside = [n for n in part.nodes if Region("grad", 0, (False,)) in n.meta["regions"]]
+        nodes = [n for n in part.program.graph.nodes if n.op == "call_function"]
+        inside = [n for n in nodes if Region("grad", 0, (False,)) in n.meta["regions"]]
         assert len(inside) in (0, 4)
 
 
@@ -281,8 +282,6 @@ def test_wrong_options_are_refused(options, says):
 
 
 def test_a_plan_for_the_memory_of_the_whole_step_is_no_plan_for_stages():
-    with pytest.raises(OptionError, match="'partition' and 'checkpoint' cannot run together"):
-        fxaccel.accelerate(Chain(), ["partition{stages=2}", "checkpoint{budget=0.5}"])
     program = session(cut(*made("chain")[:2], stages=2)).all[0].canonical.copy()
     program.schedule = Schedule()
     with pytest.raises(OptionError, match="a stage has a backward of its own"):

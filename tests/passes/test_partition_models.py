@@ -77,7 +77,8 @@ def test_a_step_of_a_transformer_in_stages_is_the_step(name):
     assert set().union(*(s.state_dict() for s in taken)) == set(model.state_dict())
     tied = [n for n in ("lm_head.weight",) if name in ("gpt2", "t5")]
     for key in tied:
-        assert {0, 2} <= {i for i, s in enumerate(taken) if key in s.state_dict()}
+        assert 0 in (holders := [i for i, s in enumerate(taken) if key in s.state_dict()])
+        assert len(holders) > 1
 
 
 @pytest.mark.slow
