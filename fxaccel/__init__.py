@@ -13,6 +13,7 @@ from fxaccel.errors import (
     OptionError,
     ProofError,
     RuleError,
+    StageError,
 )  # fmt: skip
 from fxaccel.module import AcceleratedModule, accelerate
 from fxaccel.quality import Budget
@@ -20,6 +21,6 @@ from fxaccel.rule import Pass, Rule, Rules, register
 
 __all__ = [
     "AcceleratedModule", "ArtifactError", "Budget", "CaptureError", "FxaccelError", "OptionError", "Pass",
-    "ProofError", "Rule", "RuleError", "Rules", "accelerate", "load", "register",
+    "ProofError", "Rule", "RuleError", "Rules", "StageError", "accelerate", "load", "register",
 ]  # fmt: skip
 __version__ = "0.1.0"

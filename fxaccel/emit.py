@@ -31,7 +31,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from fxaccel.derived import Derived, derived, standing
 from fxaccel.effects import last_uses, written
-from fxaccel.ir import Program, Region, arguments, expr, target_name
+from fxaccel.ir import Program, Region, arguments, expr, is_tensor, target_name
 
 # Operators whose Python binding takes the schema's arguments in the schema's order.
 _BOUND = """
@@ -143,7 +143,8 @@ def emitter(program: Program, outer: Emitter | None = None) -> Emitter:
         return Emitter(program, outer)
     home = "fxaccel.scheduled" if program.stages is None else "fxaccel.staged"
     made: Any = importlib.import_module(home)  # which are made of what is here
-    return made.Emitter(program, outer)  # type: ignore[no-any-return]
+    found: Emitter = made.Emitter(program, outer)
+    return found
 
 
 class Emitter:
@@ -170,7 +171,7 @@ class Emitter:
         self.functions: list[list[str]] = []
 
     def code(self) -> Code:
-        nodes, inputs = list(self.program.graph.nodes), self.given()
+        nodes, inputs = list(self.program.graph.nodes), self.input_names()
         body = [n for n in nodes if n.op not in ("placeholder", "output")]
         ahead, kept = derived(self.program)
         body = [n for n in body if n not in ahead]
@@ -187,12 +188,12 @@ class Emitter:
 
     def function(self, name: str) -> list[list[str]]:
         """The program as one function of this name, behind those that it calls."""
-        nodes, inputs = list(self.program.graph.nodes), self.given()
+        nodes, inputs = list(self.program.graph.nodes), self.input_names()
         body = [n for n in nodes if n.op not in ("placeholder", "output")]
         lines = self.body(body, nodes[-1])
         return [*self.functions, [f"def {name}({', '.join(inputs)}):", *indented(lines)]]
 
-    def given(self) -> list[str]:
+    def input_names(self) -> list[str]:
         """Names of the inputs; state is read where it is."""
         for node in self.program.graph.find_nodes(op="placeholder"):
             is_state = node.name in self.program.state
@@ -517,7 +518,7 @@ def _kernel(node: fx.Node) -> tuple[Any, str]:
     """The module of the kernel of ours that a node calls, and the type of its device; None and "" if none."""
     target, val = node.target, node.meta.get("val")
     first = val[0] if isinstance(val, (tuple, list)) and val else val
-    if getattr(target, "namespace", "") != "fxaccel" or not isinstance(first, Tensor):
+    if getattr(target, "namespace", "") != "fxaccel" or not is_tensor(first):
         return None, ""
     try:
         return importlib.import_module(f"fxaccel.kernels.{target._opname}"), first.device.type

@@ -32,3 +32,7 @@ class ProofError(FxaccelError):
 
 class ArtifactError(FxaccelError):
     """A saved file is damaged, truncated, foreign, or of a version that is not readable here."""
+
+
+class StageError(FxaccelError):
+    """A stage of a pipeline has failed, in this process or in another one; names it."""

@@ -178,6 +178,25 @@ class AcceleratedModule(nn.Module):
         self.__dict__[_KEY].convert(self)
         return self
 
+    def stage(self, number: int, device: Any = None) -> Any:
+        """One stage of a model that the pass `partition` has cut, as a module of its own; counted from 0.
+
+        It holds the parameters that it reads, under their names in the model's `state_dict`: the very ones,
+        or copies if `device` is another than the model's. The same module at each call.
+        """
+        from fxaccel.stage_module import taken
+
+        return taken(self).of(number, None if device is None else torch.device(device))
+
+    def schedule(self, name: str, microbatches: int, **options: Any) -> Any:
+        """The stages of this process under a schedule, "1f1b" say: an fxaccel.distributed.Pipeline.
+
+        Called in every process of a group of torch.distributed; see Pipeline for the options.
+        """
+        from fxaccel.distributed import Pipeline
+
+        return Pipeline(self, name, microbatches, **options)
+
     def save(self, path: Any) -> None:
         """Write weights, graphs and report to one file that `fxaccel.load` reads without this code."""
         from fxaccel.artifact import save

@@ -161,6 +161,7 @@ class Session:
     replacements: list[Replacement] = field(default_factory=list)
     dropped: int = 0
     loaded: bool = False
+    taken: Any = None  # fxaccel.stage_module.Taken: the stages of a model that is cut
     _modules: list[nn.Module] = field(default_factory=list)
     _edges: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
 
@@ -225,6 +226,7 @@ class Session:
     def forget(self) -> None:
         """Drop all captures: the tree, or the dtype or device of its tensors, has changed."""
         self.captures.clear()
+        self.taken = None
         self._modules, self._edges = [], []
 
     # -- capture ----------------------------------------------------------------------------------

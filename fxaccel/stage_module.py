@@ -1,13 +1,15 @@
 """One stage of a model that is cut, as a module: its function over its own parameters and buffers alone.
 
 They are the very parameters of the accelerated model, under their names there, so that the `state_dict`s of
-all stages together are the model's. What stages send is told before anything runs: the step is run on fake
-tensors, which have sizes and no data.
+all stages together are the model's; on another device they are copies. What stages send is told before
+anything runs: the step is run on fake tensors, which have sizes and no data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxaccel.capture import Call
-from fxaccel.emit import Code, Tables
+from fxaccel.devices import devices, moved
+from fxaccel.emit import Code, Tables, emit
 from fxaccel.errors import OptionError
-from fxaccel.ir import Program, is_tensor
+from fxaccel.ir import Program, expr, is_tensor, number
 from fxaccel.module import AcceleratedModule
 from fxaccel.session import Capture
 from fxaccel.staged import name_of
@@ -41,12 +44,20 @@ class TensorMeta:
         made = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return made.requires_grad_(self.requires_grad)
 
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+Flow = tuple[tuple[TensorMeta, ...], ...]
+"""What the first stage takes, and what each stage returns, for one size of a call."""
+
 
 class StageModule(nn.Module):
     """What one stage computes: takes the tensors that `receives` tells of, returns those of `sends`.
 
     number, count    which stage it is, and of how many; the first takes the tensors of a call of the model,
                      the last returns those of its result, in their order
+    receives, sends  as they are for the call that the stage was made for; it takes other sizes as well
     """
 
     receives: tuple[TensorMeta, ...]
@@ -87,85 +98,207 @@ def stage_modules(model: AcceleratedModule, *args: Any, **kwargs: Any) -> list[S
 
     The call is one with a microbatch, and has to fit the capture that was cut.
     """
-    example = Call(args, kwargs)
-    one = _cut(model, example)
-    program: Program = one.program
-    found: list[Part] = program.facts(parts)
-    state, names = _state(model), _names(model, found)
-    made = [StageModule(i, len(found), {n: state[n] for n in own}) for i, own in enumerate(names)]
-    flow = _flow(one, found, state, example.tensors)
-    for stage, receives, sends in zip(made, flow[:-1], flow[1:], strict=True):
-        stage.bind(one.code)
-        stage.__dict__.update(receives=receives, sends=sends)
-    return made
+    taken = Taken(model)
+    tensors = taken.tensors(args, kwargs)
+    taken.check(tensors)
+    flow = taken.flow(tensors)
+    return [taken.stage(i, flow) for i in range(taken.count)]
 
 
-def _cut(model: AcceleratedModule, example: Call) -> Capture:
-    """The capture that the call fits."""
+def taken(model: AcceleratedModule) -> Taken:
+    """The model taken apart, once for as long as its captures are what they are."""
     session = model.__dict__["_fxaccel"]
-    if session.replacements:
-        raise OptionError(
-            "a pass has replaced parameters, and such a model is not taken apart into stages yet"
-        )
-    cut = [c for c in session.all if isinstance(c, Capture) and c.program.stages is not None]
-    for one in cut:
-        if one.program.in_spec == example.spec and one.accepts(*example.tensors):
-            return one
-    if cut:
-        raise OptionError(
-            "the call fits no capture that is cut", "call the model once as the stages are to be"
-        )
-    raise OptionError("nothing of the model is cut", "accelerate it with the pass partition and call it once")
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    """Every parameter of a tree by name; a buffer with whether the `state_dict` has it."""
-    found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    for path, owner in model.named_modules(remove_duplicate=False):
-        for key, buffer in owner._buffers.items():
-            if buffer is not None:
-                found[f"{path}.{key}".lstrip(".")] = buffer, key not in owner._non_persistent_buffers_set
+    known = session.taken
+    if not isinstance(known, Taken) or not any(known.one is c for c in session.all):
+        session.taken = Taken(model)
+    found: Taken = session.taken
     return found
 
 
-def _names(model: nn.Module, found: list[Part]) -> list[list[str]]:
-    """Names of what each stage holds: what it reads, by all of its names; the first also what none reads."""
-    alike = {name: group for group in ties(model) for name in group}
-    read = []
-    for part in found:
-        names = [slot.name for slot in part.program.state.values() if slot.kind != "constant"]
-        read.append(list(dict.fromkeys(m for n in names for m in alike.get(n, (n,)))))
-    known = {n for names in read for n in names}
-    read[0] += [n for n in _state(model) if n not in known]
-    return read
+class Taken:
+    """A model that `partition` has cut, to be taken apart.
 
+    one      the capture that is cut, the only one
+    count    of stages
+    """
 
-def _flow(
-    one: Capture, found: list[Part], state: dict[str, Any], given: tuple[Tensor, ...]
-) -> list[tuple[TensorMeta, ...]]:
-    """What the first stage takes, and what each stage returns, by a run on fake tensors."""
-    fakes, copies = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Tensor]()
+    def __init__(self, model: AcceleratedModule) -> None:
+        session = model.__dict__["_fxaccel"]
+        if session.replacements:
+            raise OptionError(
+                "a pass has replaced parameters, and such a model is not taken apart into stages yet"
+            )
+        cut = [c for c in session.all if isinstance(c, Capture) and c.program.stages is not None]
+        if len(cut) != 1:
+            raise OptionError(
+                f"{len(cut)} captures of the model are cut, expected one"
+                if cut
+                else "nothing of the model is cut",
+                "accelerate it with the pass partition and call it once, as in training",
+            )
+        self.model, self.one = model, cut[0]
+        self.program: Program = self.one.program
+        self.parts: list[Part] = self.program.facts(parts)
+        self.count = len(self.parts)
+        self.made: dict[tuple[int, torch.device], StageModule] = {}
+        self.own: dict[torch.device, Code] = {}
+        self.copies: dict[tuple[int, torch.device], Tensor] = {}
 
-    def fake(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return copies.setdefault(id(value), fakes.from_tensor(value))
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found = devices(self.program)
+        if len(found) != 1:
+            raise OptionError(f"the model is on {found}, expected one device", "stages are moved apart later")
+        return found[0]
 
-    code = replace(one.code, constants={k: fake(v) for k, v in one.code.constants.items()})
-    whole = Tables({n: fake(v[0] if isinstance(v, tuple) else v) for n, v in state.items()})
-    values: Any = [fake(t) for t in given]
-    told, functions = [_told(found[0].receives, values)], code.bind(whole, "<fxaccel stages>")
-    with fakes, torch.enable_grad():
-        for i, part in enumerate(found):
-            values = _sent(functions[name_of(i)](*values))
-            outputs = part.sends or _tensor_outputs(one.program)
-            told.append(_told(outputs, values))
-    return told
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Every parameter by name; a buffer with whether the `state_dict` has it."""
+        found: dict[str, Any] = dict(self.model.named_parameters(remove_duplicate=False))
+        for path, owner in self.model.named_modules(remove_duplicate=False):
+            for key, buffer in owner._buffers.items():
+                if buffer is not None:
+                    found[f"{path}.{key}".lstrip(".")] = buffer, key not in owner._non_persistent_buffers_set
+        return found
 
+    @cached_property
+    def names(self) -> list[list[str]]:
+        """Names of what each stage holds: what it reads, by all of its names; the first also what none
+        reads."""
+        alike = {name: group for group in ties(self.model) for name in group}
+        read = []
+        for part in self.parts:
+            names = [slot.name for slot in part.program.state.values() if slot.kind != "constant"]
+            read.append(list(dict.fromkeys(m for n in names for m in alike.get(n, (n,)))))
+        known = {n for names in read for n in names}
+        read[0] += [n for n in self.state if n not in known]
+        return read
 
-def _tensor_outputs(program: Program) -> tuple[fx.Node, ...]:
-    shown: Any = program.graph.output_node().args[0]
-    return tuple(n for n in shown if isinstance(n, fx.Node) and is_tensor(n.meta["val"]))
+    # -- calls ------------------------------------------------------------------------------------
+
+    def tensors(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Those of a call, of any size; OptionError where it is not one as the model was captured for."""
+        call = Call(tuple(args), kwargs)
+        if self.program.in_spec != call.spec or self.program.baked != call.baked:
+            raise OptionError(
+                "the call fits no capture that is cut: its arguments are others, or in other places"
+            )
+        return call.tensors
+
+    def split(self, batch: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+        """The tensors of a call cut into those of equal microbatches.
+
+        Cut are those whose first dimension is the batch, or which have so many times the rows that the model
+        was captured for; all microbatches have the others.
+        """
+        vals = [self.program.placeholder(n).meta["val"] for n in self.program.inputs if n is not None]
+        rows = expr(vals[0].shape[0]) if vals and vals[0].dim() else None
+        cut = []
+        for val, tensor in zip(vals, batch, strict=True):
+            own = expr(val.shape[0]) if val.dim() and tensor.dim() else None
+            fixed = own is not None and own.is_Integer and tensor.shape[0] != own
+            whole = own is None or not (fixed or (own == rows and own.is_Symbol) or count == 1)
+            if not whole and tensor.shape[0] % count:
+                raise OptionError(
+                    f"a batch of {tensor.shape[0]} came, expected one that can be cut into {count} equal "
+                    "microbatches"
+                )
+            cut.append([tensor] * count if whole else tensor.chunk(count))
+        micro = list(zip(*cut, strict=True))
+        self.check(micro[0])
+        return micro
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """OptionError where the first stage does not take these."""
+        if not self.one.accepts(*tensors):
+            inputs = [self.program.placeholder(n).meta["val"] for n in self.program.inputs if n is not None]
+            came = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
+            wanted = ", ".join(f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" for v in inputs)
+            raise OptionError(
+                f"the call fits no capture that is cut: expected {wanted}, came {came}",
+                "sizes that are numbers are fixed, since the model was captured with no others",
+            )
+
+    def captured(self) -> tuple[Tensor, ...]:
+        """Tensors like those of one microbatch of the call that was captured, without data."""
+        hints = self.parts[0].program.hints
+        vals = [self.program.placeholder(n).meta["val"] for n in self.program.inputs if n is not None]
+        return tuple(
+            torch.empty([number(s, hints) for s in v.shape], dtype=v.dtype, device="meta") for v in vals
+        )
+
+    # -- stages -----------------------------------------------------------------------------------
+
+    def of(self, number: int, device: torch.device | None = None) -> StageModule:
+        """One stage, the same at each call; told of the microbatches that the model was cut for."""
+        at = self.device if device is None else device
+        if (number, at) not in self.made:
+            self.made[number, at] = self.stage(number, self.flow(self.captured()), at)
+        return self.made[number, at]
+
+    def stage(self, number: int, flow: Flow, device: torch.device | None = None) -> StageModule:
+        """One stage, with the parameters on a device."""
+        if not 0 <= number < self.count:
+            raise OptionError(
+                f"there is no stage {number}, the model is cut into {self.count}", "they count from 0"
+            )
+        at = self.device if device is None else device
+        if at not in self.own:
+            self.own[at] = self.one.code if at == self.device else emit(moved(self.program, at))
+        made = StageModule(number, self.count, {n: self.on(self.state[n], at) for n in self.names[number]})
+        made.bind(self.own[at])
+        receives, sends = (tuple(replace(t, device=at) for t in flow[number + i]) for i in (0, 1))
+        made.__dict__.update(receives=receives, sends=sends)
+        return made
+
+    def on(self, tensor: Any, device: torch.device) -> Any:
+        """A parameter or buffer on a device: itself, or a copy, one for all its names."""
+        if isinstance(tensor, tuple):
+            return self.on(tensor[0], device), tensor[1]
+        if tensor.device == device:
+            return tensor
+        key = id(tensor), device
+        if key not in self.copies:
+            copy = tensor.detach().to(device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            self.copies[key] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+        return self.copies[key]
+
+    def flow(self, given: Sequence[Tensor]) -> Flow:
+        """What the first stage takes, and what each stage returns, by a run on fake tensors."""
+        fakes, copies = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Tensor]()
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return copies.setdefault(id(value), fakes.from_tensor(value))
+
+        code = replace(self.one.code, constants={k: fake(v) for k, v in self.one.code.constants.items()})
+        state = {n: fake(v[0] if isinstance(v, tuple) else v) for n, v in self.state.items()}
+        functions = code.bind(Tables(state), "<fxaccel stages>")
+        with fakes, torch.enable_grad():
+            values: Any = [
+                torch.empty(t.shape, dtype=t.dtype, device=self.device, requires_grad=t.requires_grad)
+                for t in given
+            ]
+            told = [_told(self.parts[0].receives, values)]
+            for i, part in enumerate(self.parts):
+                values = _sent(functions[name_of(i)](*values))
+                told.append(_told(part.sends or self.outputs, values))
+        return tuple(told)
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The tensors of the result."""
+        shown: Any = self.program.graph.output_node().args[0]
+        return tuple(n for n in shown if isinstance(n, fx.Node) and is_tensor(n.meta["val"]))
+
+    def result(self, tensors: Sequence[Tensor]) -> Any:
+        """The model's result, of the tensors that the last stage returns."""
+        given, shown = iter(tensors), list(self.program.graph.output_node().args[0])
+        outputs = set(self.outputs)
+        return self.one.result([next(given) if n in outputs else n for n in shown])
 
 
 def _told(nodes: tuple[fx.Node, ...], values: Any) -> tuple[TensorMeta, ...]:

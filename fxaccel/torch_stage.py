@@ -1,0 +1,115 @@
+"""A stage for the schedules of torch: its PipelineStage, mended where stages send more than one chain of values.
+
+Torch takes the batch apart by itself; here the first stage is handed its microbatches. Where a schedule does
+backward in two parts, torch's first part detaches the results of the stage in place, which autograd may
+still need, and loses gradients of results that hang on no input of the stage (a bias that is made of
+parameters alone and sent on). Here results are copies, and those others have their backward with the
+second part.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.distributed.pipelining import PipelineStage
+
+from fxaccel.faults import Watch
+from fxaccel.pipeline.orders import Order
+from fxaccel.stage_module import TensorMeta
+
+Results = list[tuple[Tensor, Tensor | None]]
+"""Results of a stage with their gradients; None stands for the gradient of a loss."""
+
+
+class Stage(PipelineStage):
+    """One stage of an order in this process.
+
+    receives, sends    what goes from stage to stage
+    micro              tensors of each microbatch, for the first stage
+    """
+
+    def __init__(
+        self, module: nn.Module, number: int, order: Order, device: torch.device, group: dist.ProcessGroup,
+        receives: Sequence[TensorMeta], sends: Sequence[TensorMeta], watch: Watch,
+        micro: list[tuple[Tensor, ...]],
+    ) -> None:  # fmt: skip
+        super().__init__(
+            module, number, len(order.placement), device, group=group,
+            input_args=tuple(t.empty() for t in receives), output_args=tuple(t.empty() for t in sends),
+        )  # fmt: skip
+        self.stage_index_to_group_rank = dict(enumerate(order.placement))
+        self.watch, self.micro = watch, micro
+        self.parted = any(a.kind == "I" and a.stage == number for a in order.ranks[order.placement[number]])
+        self.alone: dict[int, Results] = {}
+
+    def forward_one_chunk(self, fwd_chunk_id: int, args: Any, *more: Any, **options: Any) -> Any:
+        given = self.micro[fwd_chunk_id] if self.is_first else args
+        with self.watch.computing(self.stage_index, f"the forward of microbatch {fwd_chunk_id}"):
+            made = super().forward_one_chunk(fwd_chunk_id, given, *more, **options)
+        results, inputs = self.fwd_cache[fwd_chunk_id]
+        if self.is_last:
+            results = ()  # its loss is all that backward begins at
+        elif self.parted:
+            results = tuple(t.clone() if t.requires_grad else t for t in results)
+        self.fwd_cache[fwd_chunk_id] = results, inputs
+        return made
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        with self.watch.computing(self.stage_index, f"the backward of microbatch {bwd_chunk_id}"):
+            if full_backward or self.is_first:
+                super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            else:
+                self._backward_input(bwd_chunk_id, loss, last_backward)
+        grads = self.bwd_cache.get(bwd_chunk_id, ())
+        self.bwd_cache[bwd_chunk_id] = tuple(None if g is None else g.contiguous() for g in grads)
+
+    def _backward_input(self, number: int, loss: Any, last_backward: bool) -> None:
+        """Gradients of what the stage has received; what those of parameters take is kept for later."""
+        results, inputs = self.fwd_cache.pop(number)
+        made: Results = [(loss, None)]
+        if not self.is_last:
+            pairs = zip(results, self._retrieve_recv_grads(number), strict=True)
+            made = [(r, g) for r, g in pairs if r.requires_grad]
+        leaves = {get_gradient_edge(t).node for t in inputs if isinstance(t, Tensor) and t.requires_grad}
+        hanging = [pair for pair in made if _reaches(pair[0], leaves)]
+        self.alone[number] = [pair for pair in made if not any(pair is other for other in hanging)]
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        groups: list[dict[str, Any]] = []
+        if hanging:
+            given = {
+                "stage_output": tuple(r for r, _ in hanging),
+                "output_grads": None if self.is_last else [g for _, g in hanging],
+                "input_values": inputs,
+            }
+            grads, found = self.backward_maybe_with_nosync("input", given, last_backward=last_backward)
+            groups = found or []
+        self.backward_state[number] = inputs, groups, (), None
+        self.dw_runner[number] = lambda: None
+        self.bwd_cache[number] = tuple(grads)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        with self.watch.computing(self.stage_index, f"the backward of microbatch {bwd_chunk_id}"):
+            alone = self.alone.pop(bwd_chunk_id, [])
+            if alone:  # what they hang on may be in the rest of the graph, too
+                torch.autograd.backward([r for r, _ in alone], [g for _, g in alone], retain_graph=True)
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+
+def _reaches(result: Tensor, leaves: set[Node]) -> bool:
+    """Whether a gradient of the result flows to one of these."""
+    waiting, seen = [get_gradient_edge(result).node], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node in leaves:
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += [after for after, _ in node.next_functions if after is not None]
+    return False
