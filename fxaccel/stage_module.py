@@ -25,7 +25,7 @@ from fxaccel.ir import Program, expr, is_tensor, number
 from fxaccel.module import AcceleratedModule
 from fxaccel.session import Capture
 from fxaccel.staged import name_of
-from fxaccel.stages import Part, parts
+from fxaccel.stages import Part, batches, parts
 from fxaccel.tree import module_at, ties
 
 
@@ -193,18 +193,21 @@ class Taken:
         was captured for; all microbatches have the others.
         """
         vals = [self.program.placeholder(n).meta["val"] for n in self.program.inputs if n is not None]
-        rows = expr(vals[0].shape[0]) if vals and vals[0].dim() else None
-        cut = []
-        for val, tensor in zip(vals, batch, strict=True):
-            own = expr(val.shape[0]) if val.dim() and tensor.dim() else None
-            fixed = own is not None and own.is_Integer and tensor.shape[0] != own
-            whole = own is None or not (fixed or (own == rows and own.is_Symbol) or count == 1)
-            if not whole and tensor.shape[0] % count:
+        free = bool(vals) and vals[0].dim() > 0 and expr(vals[0].shape[0]).is_Symbol
+        symbols, cut = batches(self.program) if free else set[str](), list[Sequence[Tensor]]()
+        for val, name, given in zip(vals, filter(None, self.program.inputs), batch, strict=True):
+            tensor = given.contiguous() if name in self.program.contiguous else given
+            rows = expr(val.shape[0]) if val.dim() and tensor.dim() else None
+            several = rows is not None and rows.is_Integer and tensor.shape[0] != rows
+            if not several and str(rows) not in symbols:
+                cut.append([tensor] * count)
+                continue
+            if tensor.shape[0] % count:
                 raise OptionError(
                     f"a batch of {tensor.shape[0]} came, expected one that can be cut into {count} equal "
                     "microbatches"
                 )
-            cut.append([tensor] * count if whole else tensor.chunk(count))
+            cut.append(tensor.chunk(count))
         micro = list(zip(*cut, strict=True))
         self.check(micro[0])
         return micro

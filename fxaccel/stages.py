@@ -9,6 +9,7 @@ So are views of parameters, and sizes, which a stage reads off any tensor that i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -228,16 +229,30 @@ def batch(program: Program) -> str:
     return str(expr(shape[0]))
 
 
+def batches(program: Program) -> set[str]:
+    """The symbols of the batch: first dimensions of inputs, of its size, tied to it by a guard."""
+    first, found = batch(program), set[str]()
+    vals = [program.placeholder(n).meta["val"] for n in program.inputs if n is not None]
+    heads = {str(expr(v.shape[0])) for v in vals if v.dim()} & set(program.hints)
+    more = {first}
+    while more:
+        found |= more
+        tied = [set(re.findall(r"\w+", g)) for g in program.guards if "==" in g]
+        near = {s for names in tied if names & found for s in names & heads}
+        more = {s for s in near if program.hints[s] == program.hints[first]} - found
+    return found
+
+
 def microbatch(program: Program, count: int) -> dict[str, int]:
     """The sizes of one of so many equal parts of the captured batch."""
     if count == 1:
         return program.hints
-    symbol = batch(program)
-    if program.hints[symbol] % count:
+    size, rest = divmod(program.hints[batch(program)], count)
+    if rest:
         raise OptionError(
-            f"the captured batch of {program.hints[symbol]} cannot be cut into {count} equal microbatches"
+            f"the captured batch of {size * count + rest} cannot be cut into {count} equal microbatches"
         )
-    return {**program.hints, symbol: program.hints[symbol] // count}
+    return {**program.hints, **dict.fromkeys(batches(program), size)}
 
 
 # -- a stage as a program --------------------------------------------------------------------------
