@@ -84,6 +84,12 @@ class Chain:
                 value = part.values[one]
                 yield value, (maker, bisect.bisect_right(starts, self.profile.values[value].read) - 1)
 
+    @cached_property
+    def long(self) -> int:
+        """Bytes of values that cross more than one cut."""
+        values = self.profile.values
+        return sum(values[v].nbytes for v, (maker, reader) in self.spans.items() if reader > maker + 1)
+
     def crossing(self, start: int, cut: int, end: int) -> int:
         """Bytes that parts from `start` to `cut` make, and that those from `cut` to `end` read last."""
         s = self.sums

@@ -8,17 +8,18 @@ again, or be held for a shorter or longer time once it has been computed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from fxaccel.passes._checkpoint_chain import Sketch
 from fxaccel.passes._checkpoint_polish import worth
 from fxaccel.profile import Profile
-from fxaccel.replay import Course, Draft, Replayed, course, lazily, replay
+from fxaccel.replay import Course, Draft, Replayed, course, replay
 
-EFFORT = 30_000  # calls gone through
+EFFORT = 20_000  # calls gone through
 FIRST = 12  # values whose changes are tried together, those that promise most first
 SHARE = 50  # of the peak, the one part of so many that each round is to take away
 
@@ -26,13 +27,17 @@ SHARE = 50  # of the peak, the one part of so many that each round is to take aw
 class Descent:
     """Goes down from a sketch.
 
+    draft    of a sketch;  most: seconds that none may take
     trail    the sketches on the way, each of a lower peak than the one before, with what it costs
     """
 
-    def __init__(self, profile: Profile, seconds: Mapping[int, float], sketch: Sketch) -> None:
-        self.profile, self.seconds, self.sketch = profile, seconds, sketch
+    def __init__(
+        self, profile: Profile, seconds: Mapping[int, float], sketch: Sketch, draft: Callable[[Sketch], Draft]
+    ) -> None:
+        self.profile, self.seconds, self.sketch, self.draft = profile, seconds, sketch, draft
+        self.most = math.inf
         self.left = EFFORT // max(len(profile.calls), 1)
-        self.worth = sorted(worth(profile))
+        self.worth = sorted(set(worth(profile)) - sketch.moved)
         self.top = max(profile.calls, default=0)
         self.trail: list[tuple[Sketch, Replayed]] = []
 
@@ -42,7 +47,7 @@ class Descent:
         while self.left > 0:
             peak = _peak(now)
             for aim in (peak - peak // SHARE - 1, peak - 1):
-                found = self.below(aim, now, draft)
+                found = self.below(aim, self.sketch, now, draft)
                 if found is not None:
                     break
             if found is None:
@@ -53,12 +58,14 @@ class Descent:
     def gone(self, sketch: Sketch) -> tuple[Course, Draft]:
         """A sketch, step by step."""
         self.left -= 1
-        draft = lazily(self.profile, sketch.dropped, sketch.held)
+        draft = self.draft(sketch)
         return course(self.profile, draft), draft
 
-    def below(self, aim: int, now: Course, draft: Draft) -> tuple[Sketch, Course, Draft] | None:
-        """A sketch whose peak is at most `aim`, found by change after change that lowers what is above it."""
-        sketch, spent = self.sketch, self.spent(draft)
+    def below(
+        self, aim: int, sketch: Sketch, now: Course, draft: Draft
+    ) -> tuple[Sketch, Course, Draft] | None:
+        """A sketch whose peak is at most `aim`, by change after change that lowers what is above it."""
+        spent = self.spent(draft)
         over = _over(now, aim)
         while over:
             best: tuple[float, Sketch, Course, Draft] | None = None
@@ -69,7 +76,7 @@ class Descent:
                     found, made = self.gone(way)
                     less, more = over - _over(found, aim), self.spent(made) - spent
                     rate = less / more if more > 0 else math.inf
-                    if less > 0 and (best is None or rate > best[0]):
+                    if less > 0 and spent + more < self.most and (best is None or rate > best[0]):
                         best = rate, way, found, made
             if best is None:
                 return None
@@ -77,9 +84,25 @@ class Descent:
             over, spent = _over(now, aim), self.spent(draft)
         return sketch, now, draft
 
+    def within(self, budget: int) -> Sketch:
+        """A sketch of less time within a budget: from one on, by changes that save time, and their repair."""
+        _, draft = self.gone(self.sketch)
+        while self.left > 0:
+            self.most = self.spent(draft)
+            ways = (way for value in self.worth for way in self.ways(self.sketch, value))
+            tried = [(way, *self.gone(way)) for way in itertools.takewhile(lambda _: self.left > 0, ways)]
+            saving = [one for one in tried if self.spent(one[2]) < self.most]
+            saving.sort(key=lambda one: self.spent(one[2]))
+            fitting = (self.below(budget, *one) for one in saving)
+            found = next((one for one in fitting if one is not None), None)
+            if found is None:
+                break
+            self.sketch, _, draft = found
+        return self.sketch
+
     def spent(self, draft: Draft) -> float:
-        """Seconds of what is computed again."""
-        return sum(self.seconds[c] for program in draft.again.values() for c in program)
+        """Seconds of what is computed again, and of waiting for copies."""
+        return draft.waits + sum(self.seconds[c] for program in draft.again.values() for c in program)
 
     def ways(self, sketch: Sketch, value: int) -> Iterator[Sketch]:
         """What else may become of a value."""
@@ -100,7 +123,9 @@ class Descent:
             value = self.profile.values[number]
             if number not in sketch.dropped:
                 beyond = len(forward) - bisect_right(forward, max(value.read, value.made))
-                times[number] = beyond + len(backward) - bisect_left(backward, now.found.lowest.get(number, 0))
+                times[number] = (
+                    beyond + len(backward) - bisect_left(backward, now.found.lowest.get(number, 0))
+                )
         for step, held in now.found.held.items():
             for number, until in held:
                 times[number] = times.get(number, 0) + _between(backward, until, step)
