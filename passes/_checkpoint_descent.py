@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from fxaccel.passes._checkpoint_chain import Sketch
 from fxaccel.passes._checkpoint_polish import worth
@@ -22,6 +23,15 @@ from fxaccel.replay import Course, Draft, Replayed, course, replay
 EFFORT = 20_000  # calls gone through
 FIRST = 12  # values whose changes are tried together, those that promise most first
 SHARE = 50  # of the peak, the one part of so many that each round is to take away
+
+
+class Gone(NamedTuple):
+    """A sketch that has been gone through, and the seconds that it takes."""
+
+    sketch: Sketch
+    draft: Draft
+    spent: float
+    course: Course
 
 
 class Descent:
@@ -43,66 +53,50 @@ class Descent:
 
     def run(self) -> None:
         """Go down until nothing lowers the peak."""
-        now, draft = self.gone(self.sketch)
-        while self.left > 0:
-            peak = _peak(now)
-            for aim in (peak - peak // SHARE - 1, peak - 1):
-                found = self.below(aim, self.sketch, now, draft)
-                if found is not None:
-                    break
-            if found is None:
-                return
-            self.sketch, now, draft = found
-            self.trail.append((self.sketch, replay(self.profile, draft, self.seconds)))
-
-    def gone(self, sketch: Sketch) -> tuple[Course, Draft]:
-        """A sketch, step by step."""
-        self.left -= 1
-        draft = self.draft(sketch)
-        return course(self.profile, draft), draft
-
-    def below(
-        self, aim: int, sketch: Sketch, now: Course, draft: Draft
-    ) -> tuple[Sketch, Course, Draft] | None:
-        """A sketch whose peak is at most `aim`, by change after change that lowers what is above it."""
-        spent = self.spent(draft)
-        over = _over(now, aim)
-        while over:
-            best: tuple[float, Sketch, Course, Draft] | None = None
-            for number, value in enumerate(self.promising(aim, sketch, now, draft)):
-                if self.left <= 0 or (best is not None and number >= FIRST):
-                    break
-                for way in self.ways(sketch, value):
-                    found, made = self.gone(way)
-                    less, more = over - _over(found, aim), self.spent(made) - spent
-                    rate = less / more if more > 0 else math.inf
-                    if less > 0 and spent + more < self.most and (best is None or rate > best[0]):
-                        best = rate, way, found, made
-            if best is None:
-                return None
-            _, sketch, now, draft = best
-            over, spent = _over(now, aim), self.spent(draft)
-        return sketch, now, draft
+        now = self.gone(self.sketch)
+        while now is not None and self.left > 0:
+            peak = _peak(now.course)
+            aims = (peak - peak // SHARE - 1, peak - 1)
+            now = next((found for aim in aims if (found := self.below(aim, now)) is not None), None)
+            if now is not None:
+                self.trail.append((now.sketch, replay(self.profile, now.draft, self.seconds)))
 
     def within(self, budget: int) -> Sketch:
         """A sketch of less time within a budget: from one on, by changes that save time, and their repair."""
-        _, draft = self.gone(self.sketch)
-        while self.left > 0:
-            self.most = self.spent(draft)
-            ways = (way for value in self.worth for way in self.ways(self.sketch, value))
-            tried = [(way, *self.gone(way)) for way in itertools.takewhile(lambda _: self.left > 0, ways)]
-            saving = [one for one in tried if self.spent(one[2]) < self.most]
-            saving.sort(key=lambda one: self.spent(one[2]))
-            fitting = (self.below(budget, *one) for one in saving)
+        now = found = self.gone(self.sketch)
+        while found is not None and self.left > 0:
+            now, self.most = found, found.spent
+            ways = (way for value in self.worth for way in self.ways(now.sketch, value))
+            tried = (self.gone(way) for way in itertools.takewhile(lambda _: self.left > 0, ways))
+            saving = sorted((one for one in tried if one is not None), key=lambda one: one.spent)
+            fitting = (self.below(budget, one) for one in saving)
             found = next((one for one in fitting if one is not None), None)
-            if found is None:
-                break
-            self.sketch, _, draft = found
-        return self.sketch
+        return self.sketch if now is None else now.sketch
 
-    def spent(self, draft: Draft) -> float:
-        """Seconds of what is computed again, and of waiting for copies."""
-        return draft.waits + sum(self.seconds[c] for program in draft.again.values() for c in program)
+    def gone(self, sketch: Sketch) -> Gone | None:
+        """A sketch, step by step; None where it takes too long."""
+        self.left -= 1
+        draft = self.draft(sketch)
+        spent = draft.waits + sum(self.seconds[c] for program in draft.again.values() for c in program)
+        return Gone(sketch, draft, spent, course(self.profile, draft)) if spent < self.most else None
+
+    def below(self, aim: int, now: Gone) -> Gone | None:
+        """A sketch whose peak is at most `aim`, by change after change that lowers what is above it."""
+        while over := _over(now.course, aim):
+            best: tuple[float, Gone] | None = None
+            for number, value in enumerate(self.promising(aim, now)):
+                if self.left <= 0 or (best is not None and number >= FIRST):
+                    break
+                for found in map(self.gone, self.ways(now.sketch, value)):
+                    if found is None or (less := over - _over(found.course, aim)) <= 0:
+                        continue
+                    rate = less / (found.spent - now.spent) if found.spent > now.spent else math.inf
+                    if best is None or rate > best[0]:
+                        best = rate, found
+            if best is None:
+                return None
+            now = best[1]
+        return now
 
     def ways(self, sketch: Sketch, value: int) -> Iterator[Sketch]:
         """What else may become of a value."""
@@ -113,24 +107,25 @@ class Descent:
                 dropped = sketch.dropped | {value}
                 yield replace(sketch, dropped=dropped, held={**sketch.held, value: until})
 
-    def promising(self, aim: int, sketch: Sketch, now: Course, draft: Draft) -> list[int]:
+    def promising(self, aim: int, now: Gone) -> list[int]:
         """Values that lie above the aim, or whose making does, by bytes a second."""
-        forward = sorted(i for i, n in now.forward.items() if n > aim)
-        again = {i for i, n in now.again.items() if n > aim}
-        backward = sorted({*again, *(i for i, n in now.backward.items() if n > aim)})
+        one = now.course
+        forward = sorted(i for i, n in one.forward.items() if n > aim)
+        again = {i for i, n in one.again.items() if n > aim}
+        backward = sorted({*again, *(i for i, n in one.backward.items() if n > aim)})
         times: dict[int, int] = {}
         for number in self.worth:
             value = self.profile.values[number]
-            if number not in sketch.dropped:
+            if number not in now.sketch.dropped:
                 beyond = len(forward) - bisect_right(forward, max(value.read, value.made))
                 times[number] = (
-                    beyond + len(backward) - bisect_left(backward, now.found.lowest.get(number, 0))
+                    beyond + len(backward) - bisect_left(backward, one.found.lowest.get(number, 0))
                 )
-        for step, held in now.found.held.items():
+        for step, held in one.found.held.items():
             for number, until in held:
                 times[number] = times.get(number, 0) + _between(backward, until, step)
         for step in again:
-            for call in draft.again[step]:
+            for call in now.draft.again[step]:
                 for number in self.profile.calls[call].makes:
                     times[number] = times.get(number, 0) + 1
         return sorted((v for v in self.worth if times.get(v)), key=lambda v: -times[v] * self.rate(v))
