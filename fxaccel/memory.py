@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def key(tensor: Tensor) -> int:
     """What tells the storage of a tensor from all others that live."""
     return tensor.untyped_storage()._cdata
+
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among the arguments or results of an operator."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+        elif isinstance(value, dict):
+            yield from tensors(value.values())
 
 
 class Ledger:
@@ -32,13 +43,11 @@ class Ledger:
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operator, whose storages count if they are none of the arguments'."""
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self.count(tensor, 0)  # it was there before, or is counted
+        for tensor in tensors((args, kwargs)):
+            self.count(tensor, 0)  # it was there before, or is counted
         made = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self.count(tensor, tensor.untyped_storage().nbytes())
+        for tensor in tensors((made,)):
+            self.count(tensor, tensor.untyped_storage().nbytes())
         return made
 
     def count(self, tensor: Tensor, size: int) -> None:

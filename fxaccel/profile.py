@@ -16,17 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fxaccel import scheduled
 from fxaccel.cost import node_flops, parameter_bytes
 from fxaccel.effects import has_effect, is_random, mutated_arguments, written
 from fxaccel.emit import Tables
 from fxaccel.errors import RuleError
+from fxaccel.fakes import Fakes
 from fxaccel.ir import Program, expr, number, tensors
 from fxaccel.memory import Ledger, key
 from fxaccel.recompute import Run, Timetable
@@ -128,7 +125,7 @@ def profile(program: Program, loss: bool = True) -> Profile:
 def watched(program: Program, kind: Callable[[Program], W], loss: bool = True) -> W:
     """A watch of this kind that has seen the step."""
     watch = kind(program)
-    fakes = _Fakes(watch.meter)
+    fakes = Fakes(watch.meter)
     with fakes:
         given = {n: _fake(n, program) for n in program.graph.find_nodes(op="placeholder")}
     code = _Emitter(program, watch).code()
@@ -187,26 +184,6 @@ class _Emitter(scheduled.Emitter):
         """On a GPU the operator itself: its peers are told apart by measurement, which takes data."""
         device = tensors(node.meta["val"])[0].device.type if tensors(node.meta["val"]) else "cpu"
         return super().lowered(node) if device == "cpu" else None
-
-
-class _Fakes(FakeTensorMode):
-    """Fake tensors whose bytes go into a ledger, those of the operators that the step calls."""
-
-    def __init__(self, ledger: _Ledger) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-        self.ledger, self.inner = ledger, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.inner or func.namespace == "prim":  # a part of an operator, or a question to a tensor
-            return super().__torch_dispatch__(func, types, args, kwargs or {})
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # without data: a kernel that looks for a rare case does not find it
-        self.inner = True
-        try:
-            run = super().__torch_dispatch__
-            return self.ledger.call(lambda *a, **k: run(func, types, a, k), args, kwargs)
-        finally:
-            self.inner = False
 
 
 class _Ledger(Ledger):

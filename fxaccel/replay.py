@@ -116,8 +116,18 @@ def results(profile: Profile, call: int) -> list[int]:
     return one.makes if one.hides is None else [*one.makes, one.hides]
 
 
-def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None = None) -> Replayed:
-    """The cost of a draft; seconds: of each call."""
+@dataclass(frozen=True)
+class Course:
+    """The most bytes that live at each step, while it runs forward, computes again, and runs backward."""
+
+    forward: dict[int, int]
+    again: dict[int, int]
+    backward: dict[int, int]
+    found: Lives
+
+
+def course(profile: Profile, draft: Draft) -> Course:
+    """What a draft takes, step by step."""
     values, calls = profile.values, profile.calls
     found = lives(profile, draft)
     size = max(calls, default=0) + 2
@@ -136,19 +146,28 @@ def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None =
             backward[until] += values[number].nbytes
             backward[step] -= values[number].nbytes
     alive_forward, alive_backward = list(accumulate(forward)), list(accumulate(backward))
-    peak = inner = max((alive_forward[i] + c.takes for i, c in calls.items()), default=0)
-    flops, spent = 0, draft.waits
+    made = Course({i: alive_forward[i] + c.takes for i, c in calls.items()}, {}, {}, found)
     for step, call in calls.items():
         live = alive_backward[step]
         program = draft.again.get(step)
         if program is not None:
             most, left = program_bytes(profile, program, {v for v, _ in found.held[step]})
-            peak, inner = max(peak, live + most + call.rest), max(inner, live + most + call.rest - call.grads)
+            made.again[step] = live + most + call.rest
             live += left
-            flops += sum(calls[c].flops for c in program)
-            spent += sum(seconds[c] for c in program) if seconds else 0.0
-        peak, inner = max(peak, live + call.surge), max(inner, live + call.surge - call.grads)
-    return Replayed(peak, inner, flops, spent)
+        made.backward[step] = live + call.surge
+    return made
+
+
+def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None = None) -> Replayed:
+    """The cost of a draft; seconds: of each call."""
+    calls, found = profile.calls, course(profile, draft)
+    peak = inner = max(found.forward.values(), default=0)
+    for moments in (found.again, found.backward):
+        peak = max(peak, *moments.values(), 0)
+        inner = max(inner, *(nbytes - calls[i].grads for i, nbytes in moments.items()), 0)
+    again = [c for program in draft.again.values() for c in program]
+    spent = draft.waits + sum(seconds[c] for c in again) if seconds else draft.waits
+    return Replayed(peak, inner, sum(calls[c].flops for c in again), spent)
 
 
 def program_bytes(profile: Profile, program: Sequence[int], held: Collection[int]) -> tuple[int, int]:
@@ -170,20 +189,14 @@ def program_bytes(profile: Profile, program: Sequence[int], held: Collection[int
     return most, sum(values[v].nbytes for v in held)
 
 
-def lazily(
-    profile: Profile,
-    dropped: Collection[int],
-    part: Mapping[int, int] | None = None,
-    posts: Mapping[int, int] | None = None,
-) -> Draft:
-    """The draft that computes every dropped value when it is first needed, and holds it as long as it is.
+def lazily(profile: Profile, dropped: Collection[int], held: Mapping[int, int] | None = None) -> Draft:
+    """The draft that computes every dropped value when it is first needed.
 
-    part    call -> number of the part of the graph that it lies in: what is computed on the way in another
-            part than that of the reader is let go, and computed again when backward comes there
-    posts   value -> the last part from which on it is held nevertheless
+    held    value -> the last step whose program leaves it behind for others; what is computed for a later
+            one is let go, and computed again when backward comes there. None where all is left behind
     """
     values, calls = profile.values, profile.calls
-    ready, place, posts = set[int](), part or {}, posts or {}
+    ready = set[int]()
     again: dict[int, list[int]] = {}
     needs = needed(profile, dropped)
     for step in sorted(needs, reverse=True):
@@ -196,10 +209,8 @@ def lazily(
                 wanted += [v for v in calls[call].reads if v in dropped and v not in ready]
         if program:
             again[step] = sorted(program)
-            for c in program:
-                stays = place.get(c) == place.get(step)
-                made = (v for v in results(profile, c) if v in dropped)
-                ready.update(v for v in made if stays or place[step] <= posts.get(v, -1))
+            made = (v for c in program for v in results(profile, c) if v in dropped)
+            ready.update(v for v in made if held is None or step <= held.get(v, -1))
     return Draft(frozenset(dropped), again)
 
 

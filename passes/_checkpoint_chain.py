@@ -49,12 +49,12 @@ class Sketch:
     """What backward does not find.
 
     dropped    values that are computed again
-    posts      of these: value -> the last part from which on it is held when it has been computed
+    held       value -> the last step of which it is left behind for others when it has been computed
     moved      values that come back from the host
     """
 
     dropped: frozenset[int]
-    posts: Mapping[int, int]
+    held: Mapping[int, int]
     moved: frozenset[int] = frozenset()
 
 
@@ -67,7 +67,7 @@ class Chain:
     def __init__(self, profile: Profile, seconds: Mapping[int, float], least: int, need: int) -> None:
         self.profile, self.unit = profile, max(need / UNITS, 1.0)
         self.parts = parts(profile, seconds, least)
-        self.place = {c: i for i, part in enumerate(self.parts) for c in part.calls}
+        self.home = {v: i for i, part in enumerate(self.parts) for v in part.values}
         self.shown = sum(part.shown for part in self.parts)
         self.spans = dict(self._spans())
         many = len(self.parts)
@@ -83,6 +83,12 @@ class Chain:
             for one in part.crossing:
                 value = part.values[one]
                 yield value, (maker, bisect.bisect_right(starts, self.profile.values[value].read) - 1)
+
+    @cached_property
+    def long(self) -> int:
+        """Bytes of values that cross more than one cut."""
+        values = self.profile.values
+        return sum(values[v].nbytes for v, (maker, reader) in self.spans.items() if reader > maker + 1)
 
     def crossing(self, start: int, cut: int, end: int) -> int:
         """Bytes that parts from `start` to `cut` make, and that those from `cut` to `end` read last."""
@@ -210,11 +216,13 @@ class Chain:
                 kept.update(self.parts[move.start].values[v] for v in move.option.kept)
             else:
                 self._trace(move.start, move.end - 1, min(free, UNITS), posts)
-        return Sketch(frozenset(droppable(self.profile) - kept), posts)
+        last = {v: max(place, posts.get(v, -1)) for v, place in self.home.items()}
+        held = {v: self.parts[place].calls[-1] for v, place in last.items()}
+        return Sketch(frozenset(droppable(self.profile) - kept), held)
 
     def draft(self, sketch: Sketch) -> Draft:
         """With what is computed when."""
-        return lazily(self.profile, sketch.dropped, self.place, sketch.posts)
+        return lazily(self.profile, sketch.dropped, sketch.held)
 
     def _trace(self, first: int, last: int, free: int, posts: dict[int, int]) -> None:
         """What a run holds while backward is in it: value -> the last part from which on."""

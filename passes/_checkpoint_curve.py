@@ -100,9 +100,9 @@ def runs(profile: Profile, length: int) -> Draft:
     marks = cuts(profile, BLOCK)
     place = {call: bisect.bisect_right(marks, call) // length for call in profile.calls}
     last = {run: call for call, run in sorted(place.items())}
-    values = enumerate(profile.values)
-    ends = {n for n, value in values if value.read > last[place[value.made]]}
-    return lazily(profile, droppable(profile) - ends, place)
+    held = {n: last[place[v.made]] for n, v in enumerate(profile.values)}
+    ends = {n for n, until in held.items() if profile.values[n].read > until}
+    return lazily(profile, droppable(profile) - ends, held)
 
 
 def largest_batch(

@@ -2,7 +2,8 @@
 
 The step is cut into parts (passes/_checkpoint_parts.py) and a shortest way along them chosen
 (passes/_checkpoint_chain.py), for several sizes of parts; the best is polished value by value
-(passes/_checkpoint_polish.py). The plan that comes out is gone through by
+(passes/_checkpoint_polish.py). Where skips are long, or no way is short enough, the whole step is gone down
+(passes/_checkpoint_descent.py). The plan that comes out is gone through by
 fxaccel.replay, byte by byte: what it says is what a step will take.
 """
 
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from fxaccel.errors import OptionError
 from fxaccel.passes._checkpoint_chain import Chain, Sketch
+from fxaccel.passes._checkpoint_descent import Descent
 from fxaccel.passes._checkpoint_exact import solved
 from fxaccel.passes._checkpoint_polish import Polish
 from fxaccel.profile import Profile
@@ -24,6 +26,7 @@ LEAST = (1, 2, 4, 8, 16)  # calls in a part, from the finest to the coarsest par
 PARTS = 64  # the most of them
 EXACT = 60  # calls, views left out, up to which the optimum is looked for
 LIMIT = 120.0  # seconds
+LONG = 50  # of the bytes that a step takes: one part of so many is much
 FINE = 200  # steps of a search for a budget
 NEAR = 100  # steps of a search for what the parts are to aim at
 
@@ -59,12 +62,15 @@ class Planner:
         """The draft of least time whose peak, replayed, is at most `budget` bytes; None if none was found."""
         if self.need <= budget:
             return Draft()
-        found = self.rough(budget)
-        if found is None and self.smallest <= budget:
-            found = self.tightest
+        rough = self.rough(budget)
+        found = rough or next((way for way in self.lower if way.cost.peak <= budget), None)
         if found is None:
             return None
-        return Polish(found.chain, found.sketch, self.seconds, budget, self.link).run()
+        polish = Polish(found.chain, found.sketch, self.seconds, budget, self.link)
+        draft = polish.run()
+        if rough is not None and not self.skips:
+            return draft
+        return polish.draft(Descent(self.profile, self.seconds, polish.sketch, polish.draft).within(budget))
 
     def optimum(self, budget: int) -> Draft | None:
         """The same without a better one; OptionError where that cannot be proved."""
@@ -117,14 +123,25 @@ class Planner:
         return Way(chain, sketch, replay(self.profile, chain.draft(sketch), self.seconds))
 
     @cached_property
-    def tightest(self) -> Way | None:
-        """The way of the smallest peak found, None where that is the peak of keeping all."""
-        return self._tightest(math.inf)
+    def skips(self) -> bool:
+        """Whether much crosses more than one cut in whatever parts: each way along them keeps that."""
+        long = [chain.long for chain in self.chains if len(chain.parts) > 2]
+        return bool(long) and min(long) * LONG > self.need
+
+    @cached_property
+    def lower(self) -> list[Way]:
+        """The way of the smallest peak found along the parts, and lower ones that leave them, downwards."""
+        found = self._tightest(math.inf)
+        if found is None:
+            return []
+        descent = Descent(self.profile, self.seconds, found.sketch, found.chain.draft)
+        descent.run()
+        return [found, *(Way(found.chain, *one) for one in descent.trail)]
 
     @cached_property
     def smallest(self) -> int:
-        """The smallest budget that a plan was found for, within 1 in FINE of what the step needs."""
-        return self.need if self.tightest is None else self.tightest.cost.peak
+        """The smallest budget that a plan was found for."""
+        return self.lower[-1].cost.peak if self.lower else self.need
 
     def within(self, seconds: float) -> Draft:
         """The draft of the smallest peak found that computes at most so many seconds again."""
