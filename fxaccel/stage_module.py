@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxaccel.capture import Call
 from fxaccel.devices import devices, moved
 from fxaccel.emit import Code, Tables, emit
 from fxaccel.errors import OptionError
+from fxaccel.fakes import Fakes
 from fxaccel.ir import Program, expr, is_tensor, number
+from fxaccel.memory import Ledger
 from fxaccel.module import AcceleratedModule
 from fxaccel.session import Capture
 from fxaccel.staged import name_of
@@ -270,7 +271,7 @@ class Taken:
 
     def flow(self, given: Sequence[Tensor]) -> Flow:
         """What the first stage takes, and what each stage returns, by a run on fake tensors."""
-        fakes, copies = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Tensor]()
+        fakes, copies = Fakes(Ledger()), dict[int, Tensor]()
 
         def fake(value: Any) -> Any:
             if not isinstance(value, Tensor):

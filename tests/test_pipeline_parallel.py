@@ -99,12 +99,12 @@ def state_of(mine, optimizer):
 
 
 def trained(rank, folder, stages, before, steps):
-    """Steps of AdamW from a checkpoint to the next one."""
+    """Steps with momentum from a checkpoint to the next one."""
     _, args, target = made("tied", 3, BATCH)
     fast = fxaccel.load(folder / f"tied{stages}.fxa").train()
     mine = fast.schedule("1f1b", MICROBATCHES, loss=loss_of, timeout=60)
     (stage,) = mine.stages
-    optimizer = torch.optim.AdamW(stage.parameters(), 0.01)
+    optimizer = torch.optim.SGD(stage.parameters(), 0.05, momentum=0.9)
     if before is not None:
         for parameter in stage.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -128,7 +128,7 @@ def test_training_goes_on_with_another_number_of_stages_and_in_one_process(tmp_p
     model, args, target = made("tied", 3, BATCH)
     for stages in (2, 3):
         saved(model, args, tmp_path / f"tied{stages}.fxa", stages)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
     def step():
         optimizer.zero_grad()
@@ -149,12 +149,12 @@ def test_training_goes_on_with_another_number_of_stages_and_in_one_process(tmp_p
 
 
 def composed(rank, folder):
-    _, args, _ = made("gpt2", 4, BATCH)
+    _, args, target = made("gpt2", 4, BATCH)
     fast = fxaccel.load(folder / "gpt2.fxa").train()
     assert "attention" in fast.code
     assert "def again_" in fast.code
-    mine = fast.schedule("1f1b", MICROBATCHES, timeout=60)
-    mine.step(**args)
+    mine = fast.schedule("1f1b", MICROBATCHES, loss=loss_of, timeout=60)
+    mine.step(**args, target=target)
     torch.save({n: p.grad for n, p in mine.named_parameters()}, folder / f"found{rank}.pt")
 
 
