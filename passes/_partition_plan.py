@@ -16,13 +16,13 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxaccel.effects import aliased_arguments, has_effect, learned, mutated_arguments, written
+from fxaccel.effects import aliased_arguments, has_effect, mutated_arguments, written
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, is_tensor
+from fxaccel.passes._partition_backward import flowing, gradients
 from fxaccel.pipeline.balance import Balanced, Node, balance
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import Profile
-from fxaccel.roofline import FORWARDS
 from fxaccel.stages import again, closure, leaves, nbytes
 
 _AS_STRIDED = torch.ops.aten.as_strided.default
@@ -37,6 +37,7 @@ class Terms:
     link            between two stages
     microbatches    that the captured batch is cut into
     states          tensors that the optimizer keeps for each parameter
+    in_flight       microbatches of which each stage holds what it saves (`Order.in_flight`)
     """
 
     stages: int
@@ -44,11 +45,7 @@ class Terms:
     link: Link
     microbatches: int
     states: int
-
-    @property
-    def in_flight(self) -> list[int]:
-        """Microbatches of which each stage holds what it saves: those of 1F1B."""
-        return [min(self.microbatches, self.stages - s) for s in range(self.stages)]
+    in_flight: tuple[int, ...]
 
 
 class Step:
@@ -61,8 +58,11 @@ class Step:
         self.again: set[fx.Node] = program.facts(again)
         self.leaves: dict[fx.Node, frozenset[fx.Node]] = program.facts(leaves)
         self.calls = [n for n in self.nodes if n.op == "call_function" and n not in self.again]
-        self.learns: set[fx.Node] = program.facts(learned)
-        self.seconds = {n: s * (FORWARDS if n in self.learns else 1) for n, s in self._of(seconds)}
+        self.learns: set[fx.Node] = program.facts(flowing)
+        self.profile, self.at = profile, {self.nodes[i]: i for i in seconds}
+        self.forward = {n: seconds[i] for n, i in self.at.items()}
+        self.gradients = {n: self._gradients(n) for n in self.at}
+        self.seconds = {n: s + sum(self.gradients[n].values()) for n, s in self.forward.items()}
         self.saved = Counter[fx.Node]()
         for value in profile.values:
             if value.needed:
@@ -74,8 +74,11 @@ class Step:
         }
         self.trains = {name for n, name in self.names.items() if n in self.learns}
 
-    def _of(self, seconds: dict[int, float]) -> Iterator[tuple[fx.Node, float]]:
-        return ((self.nodes[i], s) for i, s in seconds.items())
+    def _gradients(self, node: fx.Node) -> dict[fx.Node, float]:
+        """Seconds of the backward of a call, by argument."""
+        product = self.profile.calls[self.at[node]].flops > 0
+        state = {a for a in node.all_input_nodes if a in self.again or a.name in self.program.state}
+        return gradients(node, self.forward[node], product, self.learns, state)
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
         """What a call reads, itself or through what is made again for it."""
@@ -389,8 +392,7 @@ def _crossing(step: Step, groups: list[list[fx.Node]]) -> tuple[list[int], list[
     forward, back = [0] * len(groups), [0] * len(groups)
     for value, end in last.items():
         size = nbytes(step.program, value)
-        returns = value.op != "placeholder" or value.meta["val"].requires_grad
         for i in range(made.get(value, 0), min(end, len(groups))):
             forward[i] += size
-            back[i] += size if value in step.learns and returns else 0
+            back[i] += size if value in step.learns else 0
     return forward, back
