@@ -38,6 +38,7 @@ class Terms:
     microbatches    that the captured batch is cut into
     states          tensors that the optimizer keeps for each parameter
     in_flight       microbatches of which each stage holds what it saves (`Order.in_flight`)
+    of_step         microbatches that a step has, over which what is done once in it is spread
     """
 
     stages: int
@@ -46,6 +47,7 @@ class Terms:
     microbatches: int
     states: int
     in_flight: tuple[int, ...]
+    of_step: int
 
 
 class Step:
@@ -330,7 +332,7 @@ def _cut(step: Step, terms: Terms, groups: list[list[fx.Node]], at: list[int]) -
     shared, seconds, sizes = _shared(step, groups, found.cuts), list(found.seconds), step.sizes()
     for name in shared.keys() & step.trains:
         for s in shared[name]:  # the sum of the gradients, to and fro, once for all microbatches
-            seconds[s] += 2 * terms.link.seconds(sizes[name]) / terms.microbatches
+            seconds[s] += 2 * terms.link.seconds(sizes[name]) / terms.of_step
     sent = tuple((forward[c - 1], back[c - 1]) for c in found.cuts)
     held = _held(step, terms, groups, found.cuts, forward)
     return Cut(groups, found, tuple(seconds), sent, held, shared)

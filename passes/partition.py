@@ -148,6 +148,7 @@ class Partition(Pass):
         return Terms(
             stages, (math.inf if self.memory is None else _bytes(self.memory)) / chunks,
             Link(bandwidth=self.bandwidth or math.inf), self.microbatches, STATES[self.optimizer], flight,
+            self.microbatches,
         )  # fmt: skip
 
     def plan(self, program: Program) -> Plan:
