@@ -365,13 +365,12 @@ def _chain(
 ) -> list[Node]:  # fmt: skip
     """The groups with their costs for one microbatch; `every` reader of a parameter counts it, or one."""
     held, counted, made = step.held(terms.states), set[str](), set[fx.Node]()
-    chain = []
+    chain, m = list[Node](), terms.microbatches
     for i, group in enumerate(groups):
         names = {name for n in group for name in step.states(n)}
         parameters = sum(held[n] for n in names if every or n not in counted)
         inner = closure(step.again, [a for n in group for a in n.all_input_nodes]) - made
         counted, made = counted | names, made | inner
-        m = terms.microbatches
         chain.append(
             Node(
                 sum(step.seconds.get(n, 0.0) for n in [*group, *inner]) / m, parameters,

@@ -172,6 +172,18 @@ class Partition(Pass):
         """The groups of an order that `at` names: the first that has a call of the module, or the call."""
         return [_position(place, groups) for place in self.places()]
 
+    def study(
+        self, program: Program, *, batch: int | None = None, microbatches: int | None = None,
+        schedule: str | None = None, latency: float = 0.0,
+    ) -> Any:  # fmt: skip
+        """The pipeline on `stages` devices that takes the least time: passes/_partition_study.py.
+
+        What is not said, the schedule and the count of microbatches of the batch, is chosen.
+        """
+        from fxaccel.passes._partition_study import study  # which plans by what is here
+
+        return study(program, self, batch, microbatches, schedule, latency)
+
     def apply(self, program: Program, plan: Plan, driver: Any) -> None:
         nodes, made_again = {n.name: n for n in program.graph.nodes}, program.facts(again)
         calls = [nodes[name] for stage in plan.order for name in stage]

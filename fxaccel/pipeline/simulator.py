@@ -61,7 +61,7 @@ class Stage:
         return {"F": self.forward, "I": self.backward_input, "W": self.backward_weight}[kind]
 
     def extra(self, kind: str) -> int:
-        """Bytes more while an action of this kind runs; what I leaves beyond what was saved comes up in it."""
+        """Bytes more while an action of this kind runs; what I leaves beyond what was saved is among them."""
         if kind == "F":
             return self.working if self.rising is None else self.rising
         return self.working + max(0, self.change("I")) * (kind == "I")
