@@ -6,6 +6,7 @@ the graph allows, and each is cut exactly (fxaccel/pipeline/balance.py). The bes
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from fxaccel.effects import aliased_arguments, has_effect, mutated_arguments, wr
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, is_tensor
 from fxaccel.passes._partition_backward import flowing, gradients
-from fxaccel.pipeline.balance import Balanced, Node, balance
+from fxaccel.pipeline.balance import Balanced, Node, Scarce, balance
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import Profile
 from fxaccel.stages import again, closure, leaves, nbytes
@@ -293,19 +294,18 @@ def _best(
     if len(links.members) < terms.stages:
         raise OptionError(_too_few(links, terms.stages))
     best: Cut | None = None
-    refused: OptionError | None = None
+    refused = list[OptionError]()
     for order in links.orders():
         groups = [links.members[g] for g in order]
         try:
             found = _cut(step, terms, groups, named(groups))
         except OptionError as error:
-            refused = error
+            refused.append(error)
             continue
         if best is None or (found.slowest, found.balanced.sent) < (best.slowest, best.balanced.sent):
             best = found
     if best is None:
-        assert refused is not None, "there is an order"
-        raise refused
+        raise min(refused, key=lambda e: e.least if isinstance(e, Scarce) else math.inf)
     return best
 
 

@@ -24,13 +24,14 @@ from fxaccel.passes._partition_plan import Cut, Step, Terms, cut
 from fxaccel.passes.checkpoint import STATES, said
 from fxaccel.passes.partition import Partition, Plan, planned
 from fxaccel.pipeline import orders, timeline
+from fxaccel.pipeline.balance import Scarce
 from fxaccel.pipeline.choice import Candidate, Choice, candidates, choose, divisors
 from fxaccel.pipeline.simulator import Link, Stage, simulate
 from fxaccel.profile import profile
 from fxaccel.roofline import speed
 
 ROWS = 12  # of a table of what was tried
-TRIES = 4  # cuts of one candidate with ever less room
+TRIES = 4  # cuts of one candidate with ever less room, of which the last has the least that can be
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,9 @@ class Pipeline:
         count, cap, best = len(order.placement), self.asked.memory, math.inf
         free = Terms(count, math.inf, self.asked.link, 1, STATES[self.asked.optimizer], (1,) * count, many)
         terms, stages = free, list[Stage]()
-        for _ in range(TRIES if math.isfinite(cap) else 1):
-            try:
-                found = self.cut(size, terms)
-            except OptionError:
-                if terms is free:
-                    raise
-                break  # no cut has so little room
+        room = math.inf
+        for attempt in range(TRIES):
+            found = self.within(size, terms)
             made = costs(self.step(size), terms, found, order.placement)
             most = max(simulate(order, made, self.asked.link).peaks)
             if most < best:
@@ -96,11 +93,16 @@ class Pipeline:
                 self.found[candidate] = self.step(size), replace(free, in_flight=order.in_flight()), found
             if most <= cap:
                 break
-            room = (
-                cap if terms is free else terms.memory * candidate.chunks - (most - cap)
-            ) / candidate.chunks
-            terms = replace(free, in_flight=order.in_flight(), memory=max(room, 0.0))
+            room = cap if attempt == 0 else 0.0 if attempt == TRIES - 2 else max(room - (most - cap), 0.0)
+            terms = replace(free, in_flight=order.in_flight(), memory=room / candidate.chunks)
         return stages
+
+    def within(self, size: int, terms: Terms) -> Cut:
+        """The cut for these terms, or where none has so little room, that of the least that there is."""
+        try:
+            return self.cut(size, terms)
+        except Scarce as error:
+            return self.cut(size, replace(terms, memory=math.ceil(error.least)))
 
     def plan(self, candidate: Candidate) -> Plan:
         """Of one that has been asked for."""

@@ -12,7 +12,7 @@ from fxaccel.passes import Partition
 from fxaccel.passes._partition_study import sized
 from fxaccel.profile import profile
 from tests.helpers import session
-from tests.passes.partition_models import Chain, Residual, W
+from tests.passes.partition_models import Chain
 
 
 def program_of(model, *args):
@@ -31,10 +31,10 @@ def peak(found):
 def test_less_memory_takes_longer_and_is_kept(program):
     def at(nbytes):
         memory = None if nbytes is None else f"{nbytes / 2**10}KiB"
-        return Partition(stages=2, memory=memory, optimizer="adam").study(program, batch=256)
+        return Partition(stages=2, memory=memory, optimizer="adam").study(program, batch=8)
 
     free = at(None)
-    with pytest.raises(OptionError, match="expected a schedule within 1024.0 bytes a rank") as error:
+    with pytest.raises(OptionError, match=r"expected a schedule within 1024\.0 bytes a rank") as error:
         at(2**10)
     least = int(re.search(r"the smallest cap that does is (\d+) bytes", str(error.value))[1])
     assert least < peak(free)
@@ -48,13 +48,16 @@ def test_less_memory_takes_longer_and_is_kept(program):
 
 
 def test_a_cut_that_lacks_memory_is_made_again():
-    """The first linear has most of the parameters, little of the time, and does not fit with others."""
-    model = nn.Sequential(nn.Embedding(4000, 8), *(nn.Linear(8, 8) for _ in range(6)), nn.Linear(8, 1))
+    """The embedding has most of the parameters and little of the time."""
+    model = nn.Sequential(nn.Embedding(400, 8), *(nn.Linear(8, 8) for _ in range(6)), nn.Linear(8, 1))
     words = program_of(model, torch.randint(0, 400, (64, 8)))
     only = {"microbatches": 4, "schedule": "1f1b"}
     free = Partition(stages=2).study(words, **only)
     assert free.plan.stages[0].held > free.plan.stages[1].held
-    cap = peak(free) - 64
+    with pytest.raises(OptionError) as error:
+        Partition(stages=2, memory="1KiB").study(words, **only)
+    cap = int(re.search(r"the smallest cap that does is (\d+) bytes", str(error.value))[1])
+    assert cap < peak(free)
     tight = Partition(stages=2, memory=f"{cap / 2**10}KiB").study(words, **only)
     assert peak(tight) <= cap
     assert tight.plan.order != free.plan.order
@@ -78,7 +81,7 @@ def test_latency_takes_larger_microbatches(program):
 
 
 def test_a_fixed_batch_is_that_of_a_microbatch():
-    fixed = program_of(Residual(), torch.randn(1, 3, W)) if False else program_of(Chain(), torch.randn(1, 8))
+    fixed = program_of(Chain(), torch.randn(1, 8))
     found = Partition(stages=2).study(fixed, batch=4)
     assert {t.candidate.microbatches for t in found.choice.tried} == {4}
     assert found.choice.candidate.microbatches == 4
