@@ -1,7 +1,7 @@
 """Stages, schedules and steps of pipelines: python bench/partition.py [balance] [chains] [schedules] [run]
 
 balance      P1 of the targets: GPT-2, BERT, T5 and Swin in 2 to 8 stages: the slowest stage of our cut beside
-             the lower bound that holds for any cut of its order, and beside equal numbers of layers
+             the lower bound that holds for any cut, calls being whole, and beside equal numbers of layers
 chains       P1: random chains beside the best of all their cuts; seconds of one thread for 1,000 calls
 schedules    P3: 100 cells of ranks, microbatches and memory for a GPT-2: the step that is chosen beside those
              of all schedules that torch runs and that fit, over cuts made without a thought of memory
@@ -102,8 +102,8 @@ def balanced() -> None:
             theirs = cut(step, equal.terms(), equal.named)
             rows.append(
                 {
-                    "stages": stages, "slowest": ours.slowest, "bound": ours.balanced.bound,
-                    "to bound": ours.slowest / ours.balanced.bound,
+                    "stages": stages, "slowest": ours.slowest, "bound": ours.bound,
+                    "to bound": ours.slowest / ours.bound, "equal parts": sum(ours.seconds) / stages,
                     "equal layers": theirs.slowest, "equal layers to ours": theirs.slowest / ours.slowest,
                     "seconds of the cut": taken,
                 }

@@ -10,7 +10,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import networkx as nx
@@ -21,6 +21,7 @@ from fxaccel.effects import aliased_arguments, has_effect, mutated_arguments, wr
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, is_tensor
 from fxaccel.passes._partition_backward import flowing, gradients
+from fxaccel.passes._partition_order import bound, fewest_alive
 from fxaccel.pipeline.balance import Balanced, Node, Scarce, balance
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import Profile
@@ -149,17 +150,21 @@ class Links:
         for circle in nx.strongly_connected_components(graph):
             self.unite(sorted(circle, key=self.step.index.__getitem__), "what is between them is, too")
 
+    def graph(self) -> nx.DiGraph:
+        """The groups, each by its first call, and what has to come after what."""
+        graph = nx.DiGraph()
+        graph.add_nodes_from(sorted(self.members, key=self.step.index.__getitem__))
+        graph.add_edges_from(self.edges())
+        return graph
+
     def orders(self) -> Iterator[list[fx.Node]]:
         """Orders of the groups: that of the graph, and those that keep few bytes alive, from either end."""
-        index = self.step.index
-        graph = nx.DiGraph()
-        graph.add_nodes_from(sorted(self.members, key=index.__getitem__))
-        graph.add_edges_from(self.edges())
+        index, graph = self.step.index, self.graph()
         first = list(nx.lexicographical_topological_sort(graph, key=index.__getitem__))
         yield first
         back = graph.reverse(copy=True)
         yield list(nx.lexicographical_topological_sort(back, key=lambda n: -index[n]))[::-1]
-        yield _fewest_alive(graph, self, index)
+        yield fewest_alive(graph, self, index)
 
 
 def _together(step: Step) -> Iterator[tuple[list[fx.Node], str]]:
@@ -210,33 +215,6 @@ def _around_writes(step: Step) -> Iterator[tuple[list[fx.Node], str]]:
         yield nodes, "they write to the buffers of one module"
 
 
-def _fewest_alive(graph: nx.DiGraph, links: Links, index: dict[fx.Node, int]) -> list[fx.Node]:
-    """Groups in an order that at each step takes the one that leaves the fewest bytes alive."""
-    step, waiting = links.step, {n: graph.in_degree(n) for n in graph}
-    readers = Counter[fx.Node]()
-    wants = {g: {v for n in links.members[g] for v in step.wants(n)} for g in graph}
-    makes = {g: [n for n in links.members[g] if n in step.leaves[n]] for g in graph}
-    for wanted in wants.values():
-        readers.update(wanted)
-    ready, order = [g for g in graph if not waiting[g]], list[fx.Node]()
-    size = {v: nbytes(step.program, v) for v in readers}
-
-    def change(group: fx.Node) -> int:
-        freed = sum(size[v] for v in wants[group] if readers[v] == 1)
-        return sum(size.get(v, 0) for v in makes[group]) - freed
-
-    while ready:
-        group = min(ready, key=lambda g: (change(g), index[g]))
-        ready.remove(group)
-        order.append(group)
-        readers.subtract(wants[group])
-        for after in graph.successors(group):
-            waiting[after] -= 1
-            if not waiting[after]:
-                ready.append(after)
-    return order
-
-
 # -- the cut ---------------------------------------------------------------------------------------
 
 
@@ -248,6 +226,7 @@ class Cut:
     sent      bytes from each stage but the last to the next one, and of gradients back
     held      bytes that each stage holds at most
     shared    parameter or buffer -> the stages that read it, where they are several
+    least     seconds that the slowest stage takes at least in any order of these groups
     """
 
     order: list[list[fx.Node]]
@@ -256,6 +235,12 @@ class Cut:
     sent: tuple[tuple[int, int], ...]
     held: tuple[int, ...]
     shared: dict[str, tuple[int, ...]]
+    least: float = 0.0
+
+    @property
+    def bound(self) -> float:
+        """Seconds that the slowest stage takes at least: in any order, or at any cut of this one."""
+        return max(self.least, self.balanced.bound)
 
     @property
     def slowest(self) -> float:
@@ -306,7 +291,8 @@ def _best(
             best = found
     if best is None:
         raise min(refused, key=lambda e: e.least if isinstance(e, Scarce) else math.inf)
-    return best
+    parts = {g: sum(step.seconds.get(n, 0.0) for n in own) for g, own in links.members.items()}
+    return replace(best, least=bound(links.graph(), parts, terms.stages) / terms.microbatches)
 
 
 def _too_few(links: Links, stages: int) -> str:

@@ -62,7 +62,7 @@ class Plan:
 
     order     names of the calls, stage by stage
     shared    parameters that several stages read, with the numbers of these; their gradients are summed
-    gap       how far the slowest stage is above what any cut of this order takes at least, as a share
+    gap       how far the slowest stage is above a bound below which no cut is, as a share
     """
 
     stages: tuple[StagePlan, ...]
@@ -246,5 +246,5 @@ def planned(step: Step, terms: Terms, found: Cut) -> Plan:
         )
     shared = tuple((n, s) for n, s in sorted(found.shared.items()) if n in step.trains)
     order = tuple(tuple(n.name for n in calls) for calls in found.stages())
-    bound = found.balanced.bound
-    return Plan(tuple(stages), order, shared, found.slowest / bound - 1 if bound else 0.0)
+    gap = found.slowest / found.bound - 1 if found.bound else 0.0
+    return Plan(tuple(stages), order, shared, gap)

@@ -1,4 +1,4 @@
-"""Pipelines whose stages sleep for given times, run by torch in processes over gloo: step times to compare with.
+"""Pipelines whose stages sleep for given times, run by torch in processes over gloo: steps to compare with.
 
 The forward of a stage sleeps, and so do its gradients towards its input and towards its weight, each by
 itself, so that schedules with a backward in two parts have both. The first stage takes no gradient of its

@@ -31,7 +31,7 @@ def peak(found):
 def test_less_memory_takes_longer_and_is_kept(program):
     def at(nbytes):
         memory = None if nbytes is None else f"{nbytes / 2**10}KiB"
-        return Partition(stages=2, memory=memory, optimizer="adam").study(program, batch=8)
+        return Partition(stages=2, memory=memory, optimizer="adam").study(program, batch=8, schedule="1F1B")
 
     free = at(None)
     with pytest.raises(OptionError, match=r"expected a schedule within 1024\.0 bytes a rank") as error:
