@@ -54,7 +54,8 @@ class Asked:
 
     def __str__(self) -> str:
         room = "" if math.isinf(self.memory) else f", {said(self.memory)} each"
-        link = "" if math.isinf(self.link.bandwidth) else f", {self.link.bandwidth / 1e9:.4g} GB/s apart"
+        rate = self.link.bandwidth / 1e9
+        link = "" if math.isinf(rate) else f", {rate:.4g} GB/s between them"
         return f"{self.devices} devices{room}{link}, a batch of {self.batch}"
 
 
@@ -99,10 +100,11 @@ class Pipeline:
 
     def within(self, size: int, terms: Terms) -> Cut:
         """The cut for these terms, or where none has so little room, that of the least that there is."""
-        try:
-            return self.cut(size, terms)
-        except Scarce as error:
-            return self.cut(size, replace(terms, memory=math.ceil(error.least)))
+        while True:
+            try:
+                return self.cut(size, terms)
+            except Scarce as error:  # which does not count what several stages read until there is a cut
+                terms = replace(terms, memory=max(math.ceil(error.least), terms.memory + 1))
 
     def plan(self, candidate: Candidate) -> Plan:
         """Of one that has been asked for."""
@@ -181,7 +183,7 @@ class Study:
         """For a terminal."""
         found, one = self.choice.simulated, self.choice.candidate
         yield str(self.asked)
-        yield f"{one}: {1e3 * found.seconds:.4g} ms a step, bubble {100 * found.bubble:.1f} %"
+        yield f"{one}: {_time(found.seconds)} a step, bubble {100 * found.bubble:.1f} %"
         yield ""
         yield str(self.plan)
         yield ""
@@ -200,13 +202,13 @@ class Study:
     def tables(self) -> Iterator[str]:
         """What was tried, the fastest first, and what was not."""
         tried = sorted(self.choice.tried, key=lambda t: (not t.fits, t.seconds))
-        yield f"{'tried':<58}{'ms a step':>12}{'peak':>12}"
+        yield f"{'tried':<60}{'a step':>12}{'peak':>12}"
         for one in tried[:ROWS]:
             room = "" if one.fits else "  does not fit"
-            yield f"  {one.candidate!s:<56}{1e3 * one.seconds:>12.4g}{said(max(one.peaks)):>12}{room}"
+            yield f"  {one.candidate!s:<58}{_time(one.seconds):>12}{said(max(one.peaks)):>12}{room}"
         if len(tried) > ROWS:
             others = sum(not t.fits for t in tried[ROWS:])
-            yield f"  and {len(tried) - ROWS} more, of which {others} do not fit"
+            yield f"  and {len(tried) - ROWS} more{f', of which {others} do not fit' if others else ''}"
         alike: dict[str, list[tuple[Candidate, str]]] = {}
         for candidate, why in self.choice.left_out:
             alike.setdefault(re.sub(r"\d+", "", why), []).append((candidate, why))
@@ -232,6 +234,10 @@ class Study:
     def draw(self, file: Path) -> None:
         """The timeline of a step, as a picture or as text."""
         timeline.write(self.choice.simulated, file)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{1e3 * seconds:.4g} ms"
 
 
 def study(

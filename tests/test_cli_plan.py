@@ -211,7 +211,7 @@ def test_a_pipeline_is_printed_before_anything_runs(run, tmp_path):
     done = run("plan_models:build", "--stages", "2", "--bandwidth", "10e9", "--timeline", "step.txt")
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert lines[0] == "2 devices, 10 GB/s apart, a batch of 8"
+    assert lines[0] == "2 devices, 10 GB/s between them, a batch of 8"
     assert " ms a step, bubble " in lines[1]
     assert sum(line.startswith("stage  begins in") for line in lines) == 1
     assert "rank  stages            busy        peak       sends" in lines
