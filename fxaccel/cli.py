@@ -158,7 +158,7 @@ def plan(
 
     With --stages: how it is cut for the devices of a pipeline, and which schedule runs it in the least time.
     """
-    pipeline = {
+    pipeline: dict[str, Any] = {
         "batch": batch, "memory": memory, "bandwidth": bandwidth, "latency": latency, "schedule": schedule,
         "microbatches": microbatches, "timeline": timeline,
     }  # fmt: skip
@@ -186,7 +186,8 @@ def _checkpoint(
     budget: str | None, max_overhead: float | None, optimizer: str, points: int, out: Path | None
 ) -> tuple[Any, Path | None, dict[str, Any]]:
     """The pass that plans a budget, the file to draw, and what there is to study."""
-    one = available()["checkpoint"](budget=budget, max_overhead=max_overhead, optimizer=optimizer)
+    cls: Any = available()["checkpoint"]
+    one = cls(budget=budget, max_overhead=max_overhead, optimizer=optimizer)
     if out is not None:
         drawable(out)
     return one, out, {"points": points}
@@ -197,7 +198,8 @@ def _partition(
     schedule: str | None, timeline: Path | None, **asked: Any,
 ) -> tuple[Any, Path | None, dict[str, Any]]:  # fmt: skip
     """The same for a pipeline."""
-    one = available()["partition"](stages=stages, memory=memory, bandwidth=bandwidth, optimizer=optimizer)
+    cls: Any = available()["partition"]
+    one = cls(stages=stages, memory=memory, bandwidth=bandwidth, optimizer=optimizer)
     if timeline is not None:
         check_drawable(timeline)
     name = None if schedule is None else named(schedule)

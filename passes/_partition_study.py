@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fxaccel.errors import OptionError
 from fxaccel.formulas import Sizes
@@ -128,7 +129,7 @@ def captured(program: Program) -> tuple[int, bool]:
         name = batch_of(program)
     except OptionError:
         first = next((n for n in program.inputs if n is not None), None)
-        shape = program.placeholder(first).meta["val"].shape if first is not None else ()
+        shape: Any = program.placeholder(first).meta["val"].shape if first is not None else ()
         return (int(shape[0]) if len(shape) else 1), False
     sizes = Sizes(program)
     return next(program.hints[s] for s, n in sizes.names.items() if n == name), True
@@ -246,8 +247,9 @@ def study(
 ) -> Study:  # fmt: skip
     """The pipeline for a program; raises OptionError where none can be had."""
     one.refuse_planned(program)
+    plain: Any = one
     size, many = counts(program, batch, microbatches)
-    terms = replace(one, schedule="1F1B", chunks=None, microbatches=1).terms()
+    terms = replace(plain, schedule="1F1B", chunks=None, microbatches=1).terms()
     schedules = orders.SCHEDULES if schedule is None else (orders.named(schedule),)
     asked = Asked(
         terms.stages, size, schedules, many, terms.memory, replace(terms.link, latency=latency), one.optimizer
