@@ -5,7 +5,11 @@ itself, so that schedules with a backward in two parts have both. The first stag
 input. Few cores are enough, since who sleeps computes nothing.
 """
 
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -91,10 +95,25 @@ def worker(rank, ranks, folder, cases, count):
 
 
 def measured(ranks, cases, folder, count=3):
-    """Seconds of each step of (schedule, microbatches, chunks, seconds of each stage), the first left out."""
-    mp.start_processes(worker, (ranks, folder, cases, count + 1), nprocs=ranks, start_method="spawn")
+    """Seconds of each step of (schedule, microbatches, chunks, seconds of each stage), the first left out.
+
+    In a fresh process, which imports torch once for all ranks and has run nothing that a fork would miss.
+    """
+    command = [sys.executable, "-m", "tests.sleeping", str(ranks), str(folder), str(count + 1)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], input=json.dumps(cases), text=True, check=True)
     found = [torch.load(folder / f"times{rank}.pt") for rank in range(ranks)]
     return [
         [max(e for _, e in step) - min(s for s, _ in step) for step in list(zip(*case, strict=True))[1:]]
         for case in zip(*found, strict=True)
     ]
+
+
+def main(ranks, folder, count):
+    cases = json.loads(sys.stdin.read())
+    mp.start_processes(
+        worker, (int(ranks), Path(folder), cases, int(count)), nprocs=int(ranks), start_method="fork"
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -12,6 +12,6 @@ CASES = [
 
 def test_a_step_of_two_processes_takes_what_the_simulator_says(tmp_path):
     """The machine may be busy, so the fastest of some steps is taken; the bench has the medians."""
-    found = measured(2, CASES, tmp_path)
+    found = measured(2, CASES, tmp_path, count=2)
     for (name, many, chunks, seconds), taken in zip(CASES, found, strict=True):
         assert min(taken) == pytest.approx(predicted(name, 2, many, chunks, seconds), rel=0.1)
