@@ -31,7 +31,9 @@ def inputs(stage):
     return [torch.ones(t.shape, dtype=t.dtype).requires_grad_(t.requires_grad) for t in stage.receives]
 
 
-@pytest.mark.parametrize("name", ["chain", "tied", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["chain", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tied", "unet"))]
+)
 def test_bytes_are_those_that_a_stage_of_torch_holds(name):
     model, args, stages = made(name)
     fast = cut(model, args, check=False, stages=stages)
