@@ -27,6 +27,8 @@ import fxaccel
 from fxaccel.discover import available, resolve
 from fxaccel.errors import FxaccelError, OptionError
 from fxaccel.picture import drawable
+from fxaccel.pipeline.orders import named
+from fxaccel.pipeline.timeline import check_drawable
 from fxaccel.report import PassReport, Site
 
 app = typer.Typer(
@@ -138,23 +140,77 @@ def plan(
     ] = "none",
     points: Annotated[int, typer.Option(help="budgets on the curve")] = 20,
     out: Annotated[Path | None, typer.Option(help="draw the curve: a file that ends in .svg or .png")] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="in place of a budget: devices of a pipeline, for which it is cut")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="of a step of the pipeline; that of the example")] = None,
+    memory: Annotated[str | None, typer.Option(help="of each of its devices: 6GiB")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="bytes a second between them: 10e9")] = None,
+    latency: Annotated[float | None, typer.Option(help="seconds before the first byte is there")] = None,
+    schedule: Annotated[str | None, typer.Option(help="by its name in torch; without it, chosen")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="of a batch; without it, chosen")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="draw a step of the pipeline: a file that ends in .svg, .png or .txt")
+    ] = None,
     allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """What a training step keeps and computes again within a budget of memory, before anything runs."""
+    """What a training step keeps and computes again within a budget of memory, before anything runs.
+
+    With --stages: how it is cut for the devices of a pipeline, and which schedule runs it in the least time.
+    """
+    pipeline: dict[str, Any] = {
+        "batch": batch, "memory": memory, "bandwidth": bandwidth, "latency": latency, "schedule": schedule,
+        "microbatches": microbatches, "timeline": timeline,
+    }  # fmt: skip
     with _reported(debug):
-        cls: Any = available()["checkpoint"]
-        one = cls(budget=budget, max_overhead=max_overhead, optimizer=optimizer)
-        if out is not None:
-            drawable(out)
-        if any(isinstance(p, cls) for p in resolve(pass_)):
-            raise OptionError(f"--pass names {cls.name!r}, which this command plans", "say --budget")
+        if stages is None:
+            _apart(pipeline, "of a pipeline", "say --stages")
+            one, file, options = _checkpoint(budget, max_overhead, optimizer, points, out)
+        else:
+            curve = {"budget": budget, "max_overhead": max_overhead, "out": out}
+            _apart(curve, "of a plan without --stages", "say --memory and --timeline")
+            one, file, options = _partition(stages, optimizer, **pipeline)
+        if any(isinstance(p, type(one)) for p in resolve(pass_)):
+            hint = "say --budget" if stages is None else "say --stages"
+            raise OptionError(f"--pass names {one.name!r}, which this command plans", hint)
         fast = _accelerated(model, pass_, inputs, load, True, allow, check=False)
         with _progress(f"planning {model}"):
-            found = one.study(_whole(fast), points)
-        if out is not None:
-            found.draw(out)
+            found = one.study(_whole(fast), **options)
+        if file is not None:
+            found.draw(file)
         for line in [found.to_json()] if as_json else found.lines():
             _say(line)
+
+
+def _checkpoint(
+    budget: str | None, max_overhead: float | None, optimizer: str, points: int, out: Path | None
+) -> tuple[Any, Path | None, dict[str, Any]]:
+    """The pass that plans a budget, the file to draw, and what there is to study."""
+    cls: Any = available()["checkpoint"]
+    one = cls(budget=budget, max_overhead=max_overhead, optimizer=optimizer)
+    if out is not None:
+        drawable(out)
+    return one, out, {"points": points}
+
+
+def _partition(
+    stages: int, optimizer: str, *, memory: str | None, bandwidth: float | None, latency: float | None,
+    schedule: str | None, timeline: Path | None, **asked: Any,
+) -> tuple[Any, Path | None, dict[str, Any]]:  # fmt: skip
+    """The same for a pipeline."""
+    cls: Any = available()["partition"]
+    one = cls(stages=stages, memory=memory, bandwidth=bandwidth, optimizer=optimizer)
+    if timeline is not None:
+        check_drawable(timeline)
+    name = None if schedule is None else named(schedule)
+    return one, timeline, {"schedule": name, "latency": latency or 0.0, **asked}
+
+
+def _apart(options: dict[str, Any], what: str, hint: str) -> None:
+    """Raise OptionError where an option is given that says nothing here."""
+    for name, value in options.items():
+        if value is not None:
+            raise OptionError(f"--{name.replace('_', '-')} is {what}", hint)
 
 
 def main() -> None:

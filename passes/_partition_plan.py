@@ -6,23 +6,25 @@ the graph allows, and each is cut exactly (fxaccel/pipeline/balance.py). The bes
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import networkx as nx
 import torch
 from torch import fx
 
-from fxaccel.effects import aliased_arguments, has_effect, learned, mutated_arguments, written
+from fxaccel.effects import aliased_arguments, has_effect, mutated_arguments, written
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, is_tensor
-from fxaccel.pipeline.balance import Balanced, Node, balance
+from fxaccel.passes._partition_backward import flowing, gradients
+from fxaccel.passes._partition_order import bound, fewest_alive
+from fxaccel.pipeline.balance import Balanced, Node, Scarce, balance
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import Profile
-from fxaccel.roofline import FORWARDS
 from fxaccel.stages import again, closure, leaves, nbytes
 
 _AS_STRIDED = torch.ops.aten.as_strided.default
@@ -37,6 +39,8 @@ class Terms:
     link            between two stages
     microbatches    that the captured batch is cut into
     states          tensors that the optimizer keeps for each parameter
+    in_flight       microbatches of which each stage holds what it saves (`Order.in_flight`)
+    of_step         microbatches that a step has, over which what is done once in it is spread
     """
 
     stages: int
@@ -44,11 +48,8 @@ class Terms:
     link: Link
     microbatches: int
     states: int
-
-    @property
-    def in_flight(self) -> list[int]:
-        """Microbatches of which each stage holds what it saves: those of 1F1B."""
-        return [min(self.microbatches, self.stages - s) for s in range(self.stages)]
+    in_flight: tuple[int, ...]
+    of_step: int
 
 
 class Step:
@@ -61,8 +62,11 @@ class Step:
         self.again: set[fx.Node] = program.facts(again)
         self.leaves: dict[fx.Node, frozenset[fx.Node]] = program.facts(leaves)
         self.calls = [n for n in self.nodes if n.op == "call_function" and n not in self.again]
-        self.learns: set[fx.Node] = program.facts(learned)
-        self.seconds = {n: s * (FORWARDS if n in self.learns else 1) for n, s in self._of(seconds)}
+        self.learns: set[fx.Node] = program.facts(flowing)
+        self.profile, self.at = profile, {self.nodes[i]: i for i in seconds}
+        self.forward = {n: seconds[i] for n, i in self.at.items()}
+        self.gradients = {n: self._gradients(n) for n in self.at}
+        self.seconds = {n: s + sum(self.gradients[n].values()) for n, s in self.forward.items()}
         self.saved = Counter[fx.Node]()
         for value in profile.values:
             if value.needed:
@@ -74,8 +78,11 @@ class Step:
         }
         self.trains = {name for n, name in self.names.items() if n in self.learns}
 
-    def _of(self, seconds: dict[int, float]) -> Iterator[tuple[fx.Node, float]]:
-        return ((self.nodes[i], s) for i, s in seconds.items())
+    def _gradients(self, node: fx.Node) -> dict[fx.Node, float]:
+        """Seconds of the backward of a call, by argument."""
+        product = self.profile.calls[self.at[node]].flops > 0
+        state = {a for a in node.all_input_nodes if a in self.again or a.name in self.program.state}
+        return gradients(node, self.forward[node], product, self.learns, state)
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
         """What a call reads, itself or through what is made again for it."""
@@ -143,17 +150,21 @@ class Links:
         for circle in nx.strongly_connected_components(graph):
             self.unite(sorted(circle, key=self.step.index.__getitem__), "what is between them is, too")
 
+    def graph(self) -> nx.DiGraph:
+        """The groups, each by its first call, and what has to come after what."""
+        graph = nx.DiGraph()
+        graph.add_nodes_from(sorted(self.members, key=self.step.index.__getitem__))
+        graph.add_edges_from(self.edges())
+        return graph
+
     def orders(self) -> Iterator[list[fx.Node]]:
         """Orders of the groups: that of the graph, and those that keep few bytes alive, from either end."""
-        index = self.step.index
-        graph = nx.DiGraph()
-        graph.add_nodes_from(sorted(self.members, key=index.__getitem__))
-        graph.add_edges_from(self.edges())
+        index, graph = self.step.index, self.graph()
         first = list(nx.lexicographical_topological_sort(graph, key=index.__getitem__))
         yield first
         back = graph.reverse(copy=True)
         yield list(nx.lexicographical_topological_sort(back, key=lambda n: -index[n]))[::-1]
-        yield _fewest_alive(graph, self, index)
+        yield fewest_alive(graph, self, index)
 
 
 def _together(step: Step) -> Iterator[tuple[list[fx.Node], str]]:
@@ -204,33 +215,6 @@ def _around_writes(step: Step) -> Iterator[tuple[list[fx.Node], str]]:
         yield nodes, "they write to the buffers of one module"
 
 
-def _fewest_alive(graph: nx.DiGraph, links: Links, index: dict[fx.Node, int]) -> list[fx.Node]:
-    """Groups in an order that at each step takes the one that leaves the fewest bytes alive."""
-    step, waiting = links.step, {n: graph.in_degree(n) for n in graph}
-    readers = Counter[fx.Node]()
-    wants = {g: {v for n in links.members[g] for v in step.wants(n)} for g in graph}
-    makes = {g: [n for n in links.members[g] if n in step.leaves[n]] for g in graph}
-    for wanted in wants.values():
-        readers.update(wanted)
-    ready, order = [g for g in graph if not waiting[g]], list[fx.Node]()
-    size = {v: nbytes(step.program, v) for v in readers}
-
-    def change(group: fx.Node) -> int:
-        freed = sum(size[v] for v in wants[group] if readers[v] == 1)
-        return sum(size.get(v, 0) for v in makes[group]) - freed
-
-    while ready:
-        group = min(ready, key=lambda g: (change(g), index[g]))
-        ready.remove(group)
-        order.append(group)
-        readers.subtract(wants[group])
-        for after in graph.successors(group):
-            waiting[after] -= 1
-            if not waiting[after]:
-                ready.append(after)
-    return order
-
-
 # -- the cut ---------------------------------------------------------------------------------------
 
 
@@ -242,6 +226,7 @@ class Cut:
     sent      bytes from each stage but the last to the next one, and of gradients back
     held      bytes that each stage holds at most
     shared    parameter or buffer -> the stages that read it, where they are several
+    least     seconds that the slowest stage takes at least in any order of these groups
     """
 
     order: list[list[fx.Node]]
@@ -250,6 +235,12 @@ class Cut:
     sent: tuple[tuple[int, int], ...]
     held: tuple[int, ...]
     shared: dict[str, tuple[int, ...]]
+    least: float = 0.0
+
+    @property
+    def bound(self) -> float:
+        """Seconds that the slowest stage takes at least: in any order, or at any cut of this one."""
+        return max(self.least, self.balanced.bound)
 
     @property
     def slowest(self) -> float:
@@ -288,20 +279,20 @@ def _best(
     if len(links.members) < terms.stages:
         raise OptionError(_too_few(links, terms.stages))
     best: Cut | None = None
-    refused: OptionError | None = None
+    refused = list[OptionError]()
     for order in links.orders():
         groups = [links.members[g] for g in order]
         try:
             found = _cut(step, terms, groups, named(groups))
         except OptionError as error:
-            refused = error
+            refused.append(error)
             continue
         if best is None or (found.slowest, found.balanced.sent) < (best.slowest, best.balanced.sent):
             best = found
     if best is None:
-        assert refused is not None, "there is an order"
-        raise refused
-    return best
+        raise min(refused, key=lambda e: e.least if isinstance(e, Scarce) else math.inf)
+    parts = {g: sum(step.seconds.get(n, 0.0) for n in own) for g, own in links.members.items()}
+    return replace(best, least=bound(links.graph(), parts, terms.stages) / terms.microbatches)
 
 
 def _too_few(links: Links, stages: int) -> str:
@@ -327,7 +318,7 @@ def _cut(step: Step, terms: Terms, groups: list[list[fx.Node]], at: list[int]) -
     shared, seconds, sizes = _shared(step, groups, found.cuts), list(found.seconds), step.sizes()
     for name in shared.keys() & step.trains:
         for s in shared[name]:  # the sum of the gradients, to and fro, once for all microbatches
-            seconds[s] += 2 * terms.link.seconds(sizes[name]) / terms.microbatches
+            seconds[s] += 2 * terms.link.seconds(sizes[name]) / terms.of_step
     sent = tuple((forward[c - 1], back[c - 1]) for c in found.cuts)
     held = _held(step, terms, groups, found.cuts, forward)
     return Cut(groups, found, tuple(seconds), sent, held, shared)
@@ -360,13 +351,12 @@ def _chain(
 ) -> list[Node]:  # fmt: skip
     """The groups with their costs for one microbatch; `every` reader of a parameter counts it, or one."""
     held, counted, made = step.held(terms.states), set[str](), set[fx.Node]()
-    chain = []
+    chain, m = list[Node](), terms.microbatches
     for i, group in enumerate(groups):
         names = {name for n in group for name in step.states(n)}
         parameters = sum(held[n] for n in names if every or n not in counted)
         inner = closure(step.again, [a for n in group for a in n.all_input_nodes]) - made
         counted, made = counted | names, made | inner
-        m = terms.microbatches
         chain.append(
             Node(
                 sum(step.seconds.get(n, 0.0) for n in [*group, *inner]) / m, parameters,
@@ -389,8 +379,7 @@ def _crossing(step: Step, groups: list[list[fx.Node]]) -> tuple[list[int], list[
     forward, back = [0] * len(groups), [0] * len(groups)
     for value, end in last.items():
         size = nbytes(step.program, value)
-        returns = value.op != "placeholder" or value.meta["val"].requires_grad
         for i in range(made.get(value, 0), min(end, len(groups))):
             forward[i] += size
-            back[i] += size if value in step.learns and returns else 0
+            back[i] += size if value in step.learns else 0
     return forward, back

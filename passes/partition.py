@@ -27,6 +27,7 @@ from fxaccel.errors import OptionError
 from fxaccel.ir import Program, path
 from fxaccel.passes._partition_plan import Cut, Step, Terms, cut
 from fxaccel.passes.checkpoint import STATES, read, said
+from fxaccel.pipeline import orders
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import profile
 from fxaccel.roofline import speed
@@ -61,7 +62,7 @@ class Plan:
 
     order     names of the calls, stage by stage
     shared    parameters that several stages read, with the numbers of these; their gradients are summed
-    gap       how far the slowest stage is above what any cut of this order takes at least, as a share
+    gap       how far the slowest stage is above a bound below which no cut is, as a share
     """
 
     stages: tuple[StagePlan, ...]
@@ -89,11 +90,13 @@ class Partition(Pass):
 
     stages          how many; if `at` is given, one more than its places where left out
     at              module paths or names of calls before which a stage begins in any case
-    memory          of each stage, "6GiB": parameters with gradients and the optimizer's state, and what waits
-                    for backward of the microbatches in flight (as 1F1B has them)
+    memory          of each device, "6GiB", an equal part for each of its stages: parameters with gradients
+                    and the optimizer's state, and what waits for backward of the microbatches in flight
     bandwidth       bytes a second between stages; without it sending takes no time
     microbatches    that the captured batch is to be cut into
     optimizer       whose state counts: none, sgd, momentum, adam, adamw
+    schedule        that says how many microbatches are in flight, by its name in torch
+    chunks          stages on a device, the fewest that the schedule takes if not said
     """
 
     name = "partition"
@@ -107,11 +110,16 @@ class Partition(Pass):
     bandwidth: float | None = None
     microbatches: int = 1
     optimizer: str = "none"
+    schedule: str = "1f1b"
+    chunks: int | None = None
 
     def __post_init__(self) -> None:
+        orders.named(self.schedule)
         if self.stages is None and not self.at:
             raise OptionError("partition takes stages or at, or both", "as stages=2")
-        for name, value in (("stages", self.stages), ("microbatches", self.microbatches)):
+        for name, value in (
+            ("stages", self.stages), ("microbatches", self.microbatches), ("chunks", self.chunks)
+        ):  # fmt: skip
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} is {value!r}, expected 1 or more")
         if self.optimizer not in STATES:
@@ -127,13 +135,29 @@ class Partition(Pass):
 
     def terms(self) -> Terms:
         """What a cut is chosen by."""
-        places = self.places()
+        stages = self.stages or len(self.places()) + 1
+        chunks = self.chunks or (2 if orders.named(self.schedule) in orders.TWO else 1)
+        if stages % chunks:
+            raise OptionError(
+                f"{self.schedule} has {chunks} stages on each device, which {stages} stages do not give"
+            )
+        flight = (1,) * stages  # of one microbatch, which any order runs
+        if self.microbatches > 1:
+            flight = orders.order(self.schedule, stages // chunks, self.microbatches, chunks).in_flight()
         return Terms(
-            self.stages or len(places) + 1, math.inf if self.memory is None else _bytes(self.memory),
-            Link(bandwidth=self.bandwidth or math.inf), self.microbatches, STATES[self.optimizer],
+            stages, (math.inf if self.memory is None else _bytes(self.memory)) / chunks,
+            Link(bandwidth=self.bandwidth or math.inf), self.microbatches, STATES[self.optimizer], flight,
+            self.microbatches,
         )  # fmt: skip
 
     def plan(self, program: Program) -> Plan:
+        self.refuse_planned(program)
+        found = profile(program)
+        step, terms = Step(program, found, speed(program).seconds(found)), self.terms()
+        return planned(step, terms, cut(step, terms, self.named))
+
+    def refuse_planned(self, program: Program) -> None:
+        """Raise OptionError for a step that has stages, or a plan for the whole of it."""
         if program.stages is not None:
             raise OptionError("the step is cut into stages already")
         if program.schedule is not None:
@@ -142,13 +166,22 @@ class Partition(Pass):
                 "backward of its own",
                 "let it run after partition, on the stages",
             )
-        found = profile(program)
-        step, terms = Step(program, found, speed(program).seconds(found)), self.terms()
-        return _planned(step, terms, cut(step, terms, self.named))
 
     def named(self, groups: list[list[fx.Node]]) -> list[int]:
         """The groups of an order that `at` names: the first that has a call of the module, or the call."""
         return [_position(place, groups) for place in self.places()]
+
+    def study(
+        self, program: Program, *, batch: int | None = None, microbatches: int | None = None,
+        schedule: str | None = None, latency: float = 0.0,
+    ) -> Any:  # fmt: skip
+        """The pipeline on `stages` devices that takes the least time: passes/_partition_study.py.
+
+        What is not said, the schedule and the count of microbatches of the batch, is chosen.
+        """
+        from fxaccel.passes._partition_study import study  # which plans by what is here
+
+        return study(program, self, batch, microbatches, schedule, latency)
 
     def apply(self, program: Program, plan: Plan, driver: Any) -> None:
         nodes, made_again = {n.name: n for n in program.graph.nodes}, program.facts(again)
@@ -192,7 +225,8 @@ def _position(place: str, groups: list[list[fx.Node]]) -> int:
     )
 
 
-def _planned(step: Step, terms: Terms, found: Cut) -> Plan:
+def planned(step: Step, terms: Terms, found: Cut) -> Plan:
+    """The plan that a cut is."""
     sizes, sent = step.sizes(), [*found.sent, (0, 0)]
     m = terms.microbatches
     stages = list[StagePlan]()
@@ -212,5 +246,5 @@ def _planned(step: Step, terms: Terms, found: Cut) -> Plan:
         )
     shared = tuple((n, s) for n, s in sorted(found.shared.items()) if n in step.trains)
     order = tuple(tuple(n.name for n in calls) for calls in found.stages())
-    bound = found.balanced.bound
-    return Plan(tuple(stages), order, shared, found.slowest / bound - 1 if bound else 0.0)
+    gap = found.slowest / found.bound - 1 if found.bound else 0.0
+    return Plan(tuple(stages), order, shared, gap)

@@ -40,7 +40,7 @@ def random_stages(random, count):
     stages = []
     for _ in range(count):
         saved = random.randrange(20)
-        kept = random.choice([None, random.randrange(saved + 1)])
+        kept = random.choice([None, random.randrange(2 * saved + 1)])
         seconds = [random.randrange(8) for _ in range(3)]
         stages.append(
             Stage(

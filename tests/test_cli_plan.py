@@ -1,4 +1,4 @@
-"""`fxaccel plan`: what a training step keeps and computes again, printed before anything runs."""
+"""`fxaccel plan`: what a step keeps and computes again, or its pipeline, printed before anything runs."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fxaccel.cli import app
+from fxaccel.discover import resolve
 
 MODEL = """
 import torch
@@ -191,6 +192,12 @@ def test_a_picture_takes_matplotlib(run, monkeypatch):
         ),
         (("plan_models:bare", "--budget", "0.5"), "without example inputs"),
         (("plan_models:broken", "--budget", "0.5"), "in pieces"),
+        (("plan_models:build", "--budget", "0.5", "--stages", "2"), "--budget is of a plan without --stages"),
+        (("plan_models:build", "--budget", "0.5", "--memory", "1MiB"), "--memory is of a pipeline"),
+        (("plan_models:build", "--stages", "0"), "stages is 0, expected 1 or more"),
+        (("plan_models:build", "--stages", "2", "--schedule", "2f2b"), "expected a schedule of GPipe, 1F1B"),
+        (("plan_models:build", "--stages", "2", "--timeline", "a.pdf"), "one of .svg, .png, .txt"),
+        (("plan_models:build", "--stages", "2", "-p", "partition{stages=2}"), "which this command plans"),
     ],
 )
 def test_mistakes_are_one_line_and_a_hint(run, words, says):
@@ -198,3 +205,45 @@ def test_mistakes_are_one_line_and_a_hint(run, words, says):
     assert done.exit_code == 2
     assert says in done.output
     assert len(done.output.strip().splitlines()) <= 2
+
+
+def test_a_pipeline_is_printed_before_anything_runs(run, tmp_path):
+    done = run("plan_models:build", "--stages", "2", "--bandwidth", "10e9", "--timeline", "step.txt")
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0] == "2 devices, 10 GB/s between them, a batch of 8"
+    assert " ms a step, bubble " in lines[1]
+    assert sum(line.startswith("stage  begins in") for line in lines) == 1
+    assert "rank  stages            busy        peak       sends" in lines
+    assert any(line.endswith("are sent in a step") for line in lines)
+    assert any(line.startswith("tried") for line in lines)
+    # a batch of eight in eight is one of 1, which was not captured
+    assert any("left out: GPipe, 2 ranks, 8 microbatches" in line for line in lines)
+    assert lines[-1].startswith("the pass that cuts it so: partition{stages=")
+    assert (tmp_path / "step.txt").read_text().startswith("rank 0 |F0")
+
+
+def test_a_pipeline_as_json_and_as_a_picture(run, tmp_path):
+    words = (
+        "--stages",
+        "2",
+        "--batch",
+        "64",
+        "--memory",
+        "2MiB",
+        "--optimizer",
+        "adamw",
+        "--timeline",
+        "a.svg",
+    )
+    got = found(run, "plan_models:build", *words, "--schedule", "1f1b", "--microbatches", "8")
+    assert got["schema"] == "fxaccel-pipeline/1"
+    assert (got["schedule"], got["microbatches"], got["batch"]) == ("1F1B", 8, 64)
+    assert (len(got["tried"]), got["left_out"]) == (1, [])
+    assert len(got["plan"]["stages"]) == len(got["peaks"]) == 2
+    assert max(got["peaks"]) <= got["memory"] == 2 * 2**20
+    sends = got["plan"]["stages"][0]
+    assert got["sent"] == 8 * (sends["sends"] + sends["returns"]) == 8 * 2 * sends["sends"]
+    assert got["bubble"] > 0
+    assert resolve([got["pass"]])[0].microbatches == 8
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")

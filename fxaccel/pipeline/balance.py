@@ -73,6 +73,14 @@ class Balanced:
         return self.slowest / self.bound - 1 if self.bound else 0.0
 
 
+class Scarce(OptionError):
+    """No cut fits; least: bytes of a device for which one does."""
+
+    def __init__(self, message: str, hint: str | None = None, least: float = math.inf) -> None:
+        super().__init__(message, hint)
+        self.least = least
+
+
 def balance(
     chain: Sequence[Node], stages: int, *, memory: float | Sequence[float] = math.inf,
     in_flight: int | Sequence[int] = 1, link: Link = INSTANT, at: Sequence[int] = (),
@@ -239,4 +247,5 @@ def _refused(sums: _Sums, memory: float | Sequence[float]) -> OptionError:
     message = f"expected {sums.stages} stages within {memory} bytes, came none"
     if isinstance(memory, Sequence):
         return OptionError(message, f"the smallest memory that does is {lacks:.0f} bytes more on each device")
-    return OptionError(message, f"the smallest memory that does is {memory + lacks:.0f} bytes a device")
+    least = memory + lacks
+    return Scarce(message, f"the smallest memory that does is {least:.0f} bytes a device", least)

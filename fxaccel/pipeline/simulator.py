@@ -35,8 +35,9 @@ class Stage:
     sends       bytes that forward hands to the next stage
     returns     bytes of the gradient that backward hands to the stage before
     saved       bytes that wait for backward, what came from the stage before included
-    kept        those of them that I leaves for W, all if None
+    kept        bytes that I leaves for W, gradients that wait for it among them; what is saved if None
     working     bytes more while an action runs
+    rising      those of F, what it saves among them; working if None
     fixed       bytes held throughout: parameters, gradients, states of the optimizer
     """
 
@@ -50,6 +51,7 @@ class Stage:
     kept: int | None = None
     working: int = 0
     fixed: int = 0
+    rising: int | None = None
 
     def seconds(self, kind: str) -> float:
         """Of an action of this kind."""
@@ -57,6 +59,12 @@ class Stage:
             both = self.backward_input + self.backward_weight
             return both if self.backward is None else self.backward
         return {"F": self.forward, "I": self.backward_input, "W": self.backward_weight}[kind]
+
+    def extra(self, kind: str) -> int:
+        """Bytes more while an action of this kind runs; what I leaves beyond what was saved is among them."""
+        if kind == "F":
+            return self.working if self.rising is None else self.rising
+        return self.working + max(0, self.change("I")) * (kind == "I")
 
     def change(self, kind: str) -> int:
         """Bytes that are saved when an action of this kind is done; below zero those that it lets go."""
@@ -183,8 +191,6 @@ def _check(order: Order, stages: Sequence[Stage]) -> None:
         raise OptionError(f"expected {len(order.placement)} stages for this order, came {len(stages)}")
     for number, stage in enumerate(stages):
         check_finite(stage, f"stage {number}")
-        if stage.kept is not None and stage.kept > stage.saved:
-            raise OptionError(f"expected kept of stage {number} to be at most saved, came {stage.kept}")
 
 
 Key = tuple[str, int, int]
@@ -271,9 +277,10 @@ class _Run:
         start = max([before[-1].end if before else 0.0, *came])
         end = start + stage.seconds(action.kind)
         before.append(Event(rank, action, start, end))
+        extra = stage.extra(action.kind)
         self.changes[rank] += [
-            (start, 1, stage.working),
-            (end, 1, stage.change(action.kind) - stage.working - self.received(action)),
+            (start, 1, extra),
+            (end, 1, stage.change(action.kind) - extra - self.received(action)),
         ]
         made: list[Key] = [(action.kind, action.stage, action.microbatch)]
         self.known[made[0]] = end

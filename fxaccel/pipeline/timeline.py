@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fxaccel.errors import OptionError
-from fxaccel.picture import canvas, drawable, saved
+from fxaccel.picture import SUFFIXES, canvas, drawable, saved
 from fxaccel.pipeline.simulator import Event, Simulated
 
 IDLE = "."
@@ -48,6 +48,24 @@ def _label(simulated: Simulated, event: Event) -> str:
 def _chunk(simulated: Simulated, event: Event) -> int:
     """How many earlier stages its rank has."""
     return simulated.order.placement[: event.action.stage].count(event.rank)
+
+
+def check_drawable(path: Path) -> None:
+    """Raise OptionError for a file that `write` cannot write."""
+    expected = (*SUFFIXES, ".txt")
+    if path.suffix not in expected:
+        raise OptionError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(expected)}")
+    if path.suffix != ".txt":
+        drawable(path)
+
+
+def write(simulated: Simulated, path: Path) -> None:
+    """Write the timeline to a file: as a picture, or as text to one that ends in .txt."""
+    check_drawable(path)
+    if path.suffix == ".txt":
+        path.write_text("\n".join(lines(simulated)) + "\n")
+    else:
+        picture(simulated, path)
 
 
 def picture(simulated: Simulated, path: str | Path) -> None:

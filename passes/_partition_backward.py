@@ -1,0 +1,56 @@
+"""Where gradients flow, and seconds of the backward of a call for each argument that one goes to.
+
+A product has one product in backward for each of its factors, which is left out where that one takes no
+gradient; other calls take as much whatever the gradient goes to, half of it for parameters where it goes to
+both these and activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import fx
+
+from fxaccel.effects import differentiable, learned
+from fxaccel.ir import Program, Region, arguments
+from fxaccel.roofline import BACKWARD
+
+_DETACH = torch.ops.aten.detach.default
+ADDED = {"bias", "attn_mask", "mask", "attn_bias"}  # what a product adds, which is no factor of it
+
+
+def flowing(program: Program) -> set[fx.Node]:
+    """Values that a gradient goes to in this step (an analysis): not to inputs and parameters without."""
+    learns, found = program.facts(learned), set[fx.Node]()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            flows = node.meta["val"].requires_grad
+        else:
+            ends = node.target is _DETACH or any(map(_without, node.meta.get("regions", ())))
+            flows = not ends and not found.isdisjoint(node.all_input_nodes)
+        if flows and node in learns:
+            found.add(node)
+    return found
+
+
+def _without(region: Region) -> bool:
+    return region.kind == "grad" and region.args == (False,)
+
+
+def gradients(
+    node: fx.Node, seconds: float, product: bool, learns: Container[fx.Node], state: Container[fx.Node]
+) -> dict[fx.Node, float]:
+    """Argument -> seconds of its gradient, where the forward of the call takes `seconds`.
+
+    product    whether the call is one;  learns: what a gradient may flow to;  state: parameters, their views
+    """
+    given = [a for a in node.all_input_nodes if "val" in a.meta and differentiable(a.meta["val"])]
+    into = [a for a in given if a in learns] if node in learns else []
+    if product:
+        added = [v for name, v in arguments(node).items() if name in ADDED]
+        factors = [a for a in given if a not in added] or given
+        return {a: BACKWARD * seconds / len(factors) if a in factors else 0.0 for a in into}
+    own, made = [a for a in into if a in state], [a for a in into if a not in state]
+    whole = BACKWARD * seconds / (2 if own and made else 1)
+    return {a: whole / len(kind) for kind in (own, made) for a in kind}
