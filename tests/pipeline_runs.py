@@ -95,7 +95,7 @@ def loss_of(result, target):
         return result.loss
     if target.dtype.is_floating_point:
         return F.mse_loss(result, target)
-    logits = result if isinstance(result, torch.Tensor) else result.logits
+    logits = result if isinstance(result, torch.Tensor) else result["logits"]
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
