@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.traceback import annotate, preserve_node_meta
@@ -191,6 +190,8 @@ def _traced(module: nn.Module, example: Call, dynamic: bool) -> tuple[_FlatCall,
         try:
             return wrapper, _export(wrapper, example, dynamic)
         except Exception as error:
+            from torch._dynamo.exc import TorchDynamoException  # takes as long as all else `import fxaccel` does
+
             cause = error.__cause__ if isinstance(error, _Untraceable) and error.__cause__ else error
             if not marked or not isinstance(cause, TorchDynamoException):  # torch.cond takes no marks
                 raise cause  # noqa: B904

@@ -8,6 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl
+from quick_interpreter import quicken
 from triton.language import random
 from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
@@ -50,6 +51,7 @@ def interpreter():
     before = [dict(vars(scope)) for scope in scopes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        quicken(patch)
         for function in (tl.sum.fn, OURS[0].forward_kernel.fn):  # what they see: tl.core, tl
             _patch_lang(function)
         _forget_generated()  # what was made before was made to be compiled
