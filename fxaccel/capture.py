@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.traceback import annotate, preserve_node_meta
@@ -83,6 +84,9 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.call.unflatten(tensors)
+        fake = detect_fake_mode(tensors)
+        if fake is not None:  # few calls of symbolic sizes are ever alike: its cache takes a fifth of export
+            fake.cache_enabled = False
         with contextlib.ExitStack() as stack:
             stack.enter_context(assignments(self.model, self.result.assigned))
             for region in self.autocast:
@@ -190,7 +194,7 @@ def _traced(module: nn.Module, example: Call, dynamic: bool) -> tuple[_FlatCall,
         try:
             return wrapper, _export(wrapper, example, dynamic)
         except Exception as error:
-            from torch._dynamo.exc import TorchDynamoException  # takes as long as all else `import fxaccel` does
+            from torch._dynamo.exc import TorchDynamoException  # slow to import
 
             cause = error.__cause__ if isinstance(error, _Untraceable) and error.__cause__ else error
             if not marked or not isinstance(cause, TorchDynamoException):  # torch.cond takes no marks
