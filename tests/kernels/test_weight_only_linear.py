@@ -246,7 +246,7 @@ def test_inputs_are_not_written():
 
 
 # of formats and dtypes the operator reads one at a time
-CHECKED = [*((f, torch.float16, b) for f in FORMATS for b in (True, False)), *(("int4", d, True) for d in ALL)]
+CHECKED = [(f, torch.float16, b) for f in FORMATS for b in (True, False)] + [("int4", d, True) for d in ALL]
 
 
 @pytest.mark.parametrize(("format", "dtype", "biased"), dict.fromkeys(CHECKED), ids=str)
