@@ -85,9 +85,10 @@ class _FlatCall(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.call.unflatten(tensors)
         fake = detect_fake_mode(tensors)
-        if fake is not None:  # few calls of symbolic sizes are ever alike: its cache takes a fifth of export
-            fake.cache_enabled = False
         with contextlib.ExitStack() as stack:
+            if fake is not None:  # few calls of symbolic sizes are alike: its cache takes a fifth of export
+                stack.callback(setattr, fake, "cache_enabled", fake.cache_enabled)
+                fake.cache_enabled = False
             stack.enter_context(assignments(self.model, self.result.assigned))
             for region in self.autocast:
                 device, dtype, enabled, cache = region.args
