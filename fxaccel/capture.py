@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._guards import detect_fake_mode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.traceback import annotate, preserve_node_meta
@@ -84,7 +84,11 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.call.unflatten(tensors)
+        fake = detect_fake_mode(tensors)
         with contextlib.ExitStack() as stack:
+            if fake is not None:  # few calls of symbolic sizes are alike: its cache takes a fifth of export
+                stack.callback(setattr, fake, "cache_enabled", fake.cache_enabled)
+                fake.cache_enabled = False
             stack.enter_context(assignments(self.model, self.result.assigned))
             for region in self.autocast:
                 device, dtype, enabled, cache = region.args
@@ -191,6 +195,8 @@ def _traced(module: nn.Module, example: Call, dynamic: bool) -> tuple[_FlatCall,
         try:
             return wrapper, _export(wrapper, example, dynamic)
         except Exception as error:
+            from torch._dynamo.exc import TorchDynamoException  # slow to import
+
             cause = error.__cause__ if isinstance(error, _Untraceable) and error.__cause__ else error
             if not marked or not isinstance(cause, TorchDynamoException):  # torch.cond takes no marks
                 raise cause  # noqa: B904

@@ -47,8 +47,10 @@ class Rich(nn.Module):
         return {"logits": self.head(x), "parts": (stop, [None, ids.shape[1]]), "word": "text"}
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def captured():
+    """The model, what it became after calls of four kinds, and their input."""
+    torch.manual_seed(0)
     model = Rich().eval()
     fast = fxaccel.accelerate(model)
     ids = torch.randint(0, 11, (2, 5))
@@ -58,7 +60,13 @@ def saved(tmp_path):
         fast(ids)
     fast.train()
     fast(ids)
-    fast.eval()
+    return model, fast, ids
+
+
+@pytest.fixture
+def saved(captured, tmp_path):
+    model, fast, ids = captured
+    fast.eval().zero_grad()
     path = tmp_path / "model.fxa"
     fast.save(path)
     return model, fast, ids, path

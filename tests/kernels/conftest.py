@@ -8,8 +8,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl
+from quick_interpreter import quicken
 from triton.language import random
-from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+from triton.runtime import interpreter as runtime
+from triton.runtime.interpreter import InterpretedFunction, _LangPatchScope, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from fxaccel.kernels import _flash_source, _flash_spans
@@ -50,8 +52,10 @@ def interpreter():
     before = [dict(vars(scope)) for scope in scopes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        quicken(patch)
         for function in (tl.sum.fn, OURS[0].forward_kernel.fn):  # what they see: tl.core, tl
             _patch_lang(function)
+        patch.setattr(runtime, "_patch_lang", lambda fn: _LangPatchScope())  # and for no launch again
         _forget_generated()  # what was made before was made to be compiled
         patch.setattr(triton, "jit", _Interpreted)
         for module in (*OURS, tl, tl.standard, random):

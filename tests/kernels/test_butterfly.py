@@ -79,7 +79,7 @@ def test_both_ways_of_the_cpu_kernel(way, dtype, monkeypatch):
 
 @pytest.mark.parametrize(("reversed", "biased"), [(False, True), (True, False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [0, 1, 7, 40])  # a tile has 16 at most
 @pytest.mark.parametrize("size", SIZES)
 def test_launch(size, rows, dtype, biased, reversed, device):
     """One rounding, or in the interpreter's bfloat16 one truncation."""

@@ -183,7 +183,7 @@ def test_inputs_are_not_written():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype, kind):
     gate, up = given(2, 5, 64, dtype=dtype)
-    for activation in EAGER:
+    for activation in EAGER if dtype == torch.float16 else ["silu"]:
         torch.library.opcheck(kernel.op, (gate, up, activation, kind))
         torch.library.opcheck(kernel.op, (gate.mT, up.mT, activation, kind))
 
