@@ -9,7 +9,7 @@ second part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,43 @@ class Stage(PipelineStage):
         self.watch, self.micro = watch, micro
         self.parted = any(a.kind == "I" and a.stage == number for a in order.ranks[order.placement[number]])
         self.alone: dict[int, Results] = {}
+        self.rooms: dict[
+            int, Tensor
+        ] = {}  # by the id of a receipt, a tensor like it of no bytes
+
+    # -- receipts: torch makes room for those of all microbatches at once, here each has it while it is needed
+
+    def _prepare_forward_infra(self, *args: Any, **options: Any) -> Any:
+        made = super()._prepare_forward_infra(*args, **options)
+        self._cleared(self.args_recv_info.values())
+        return made
+
+    def _prepare_backward_infra(self, *args: Any, **options: Any) -> Any:
+        made = super()._prepare_backward_infra(*args, **options)
+        self._cleared(self.grad_recv_info.values())
+        return made
+
+    def _cleared(self, receipts: Iterable[Iterable[Any]]) -> None:
+        for one in (one for several in receipts for one in several):
+            if getattr(one, "buffer", None) is not None:
+                self.rooms.setdefault(id(one), torch.empty_like(one.buffer, device="meta"))
+                one.buffer = None
+
+    def _room(self, receipts: Iterable[Any]) -> None:
+        for one in receipts:
+            if id(one) in self.rooms and one.buffer is None:
+                one.buffer = torch.empty_like(self.rooms[id(one)], device=self.device)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._room(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.has_backward and not self.is_last:
+            self._room(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    # -- actions ----------------------------------------------------------------------------------
 
     def forward_one_chunk(self, fwd_chunk_id: int, args: Any, *more: Any, **options: Any) -> Any:
         given = self.micro[fwd_chunk_id] if self.is_first else args
@@ -57,6 +94,7 @@ class Stage(PipelineStage):
         elif self.parted:
             results = tuple(t.clone() if t.requires_grad else t for t in results)
         self.fwd_cache[fwd_chunk_id] = results, inputs
+        self._cleared([self.args_recv_info[fwd_chunk_id]])
         return made
 
     def backward_one_chunk(
@@ -67,6 +105,7 @@ class Stage(PipelineStage):
                 super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
             else:
                 self._backward_input(bwd_chunk_id, loss, last_backward)
+        self._cleared([self.grad_recv_info.get(bwd_chunk_id, ())])
         grads = self.bwd_cache.get(bwd_chunk_id, ())
         self.bwd_cache[bwd_chunk_id] = tuple(None if g is None else g.contiguous() for g in grads)
 

@@ -34,7 +34,8 @@ def costs(step: Step, terms: Terms, found: Cut, placement: Sequence[int]) -> lis
     state, sizes, held = step.held(terms.states), step.sizes(), set[tuple[int, str]]()
     made = []
     for i, (calls, rank) in enumerate(zip(stages, placement, strict=True)):
-        read = set(shown).union(*wanted[i + 1 :])
+        after = wanted[i + 1 :]
+        read = set(shown).union(*after) if after else set[fx.Node]()  # a result goes when the loss is known
         stage = _Stage(step, calls, read, sent[i], sent[i + 1])
         names = {name for n in calls for name in step.states(n)}
         fixed = sum(state[n] for n in names if (rank, n) not in held)

@@ -92,7 +92,7 @@ def made(name, layers, batch):
 def loss_of(result, target):
     """Of a result and a target."""
     if target is None:
-        return result.loss
+        return result["loss"]
     if target.dtype.is_floating_point:
         return F.mse_loss(result, target)
     logits = result if isinstance(result, torch.Tensor) else result["logits"]

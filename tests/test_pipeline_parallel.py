@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxaccel
 from fxaccel.errors import OptionError
-from fxaccel.passes import Checkpoint
+from fxaccel.memory import Meter
+from fxaccel.passes import Checkpoint, Partition
+from tests.helpers import session
 from tests.pipeline_runs import loss_of, made, one_process, saved
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -200,3 +202,38 @@ def test_a_stage_on_another_device_holds_copies_there():
     last = fast.stage(1, "meta")
     tied = there.get_parameter("embed.weight")
     assert last.get_parameter("head.weight") is tied
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def measured(rank, folder, name, schedule):
+    """The most bytes of this process in its second step, beside the parameters."""
+    args, target = torch.load(folder / f"{name}.pt")
+    fast = fxaccel.load(folder / f"{name}.fxa").train()
+    mine = fast.schedule(schedule, MICROBATCHES, loss=loss_of, timeout=120)
+    with Meter() as meter:
+        mine.step(**args, target=target)
+        meter.reset()
+        mine.step(**args, target=target)
+    state = sum({p: p.numel() * p.element_size() for p in mine.parameters()}.values())
+    torch.save(meter.peak + state, folder / f"peak{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleavedzerobubble"])
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_each_process_holds_what_the_plan_says(tmp_path, name, schedule):
+    model, args, target = made(name, 6, 4 * BATCH)
+    torch.save((args, target), tmp_path / f"{name}.pt")
+    passes = [Partition(stages=2, microbatches=MICROBATCHES, schedule=schedule)]
+    plain = fxaccel.accelerate(model, [], check=False)
+    plain(**args)
+    program = session(plain).all[0].canonical
+    study = passes[0].study(program, microbatches=MICROBATCHES, schedule=schedule)
+    fast = fxaccel.accelerate(model, passes, check=False)
+    fast(**args)
+    fast.save(tmp_path / f"{name}.fxa")
+    processes(2, tmp_path, measured, name, schedule)
+    found = [torch.load(tmp_path / f"peak{rank}.pt") for rank in range(2)]
+    assert found == pytest.approx(study.choice.simulated.peaks, rel=0.1)
