@@ -1,19 +1,18 @@
 """Training steps of models in two processes, ours beside torch's pipeline(): python bench/pipeline.py
 
-Each model of tests/pipeline_runs.py is cut into two stages, one a process over gloo, and takes steps under each
-schedule; losses and all gradients of all steps are held beside those of one process, in float64.
+Each model of tests/pipeline_runs.py is cut into two stages, one a process over gloo, and takes steps under
+each schedule; losses and all gradients of all steps are held beside those of one process, in float64.
 
 fxaccel             a file saved by one process, loaded in each;  fast.schedule(...).step(...)
 torch               pipeline(model, (), microbatch, {path: SplitPoint.BEGINNING}).build_stage(...) in torch's
-                    schedule, cut at the middle layer; the settings that are tried are those of SETTINGS
-torch, summed       the same, and after each step the user sums the gradients of the copies that torch makes of
-                    a parameter of several stages, which it lists in pipe.replicated_params
+                    schedule, cut at the middle layer, with the settings of `settings`
+torch, summed       the same, and after each step the user sums the gradients of the copies that torch makes
+                    of a parameter of several stages, which it lists in pipe.replicated_params
 
 The error of a gradient is that of its worst element, relative to the parameter's largest element; where that
 is zero but for rounding (the bias of a key), relative to the largest of all gradients of the step.
 """
 
-import copy
 import importlib.metadata
 import sys
 import tempfile
@@ -187,7 +186,7 @@ def said(error: BaseException) -> tuple[str, str, str]:
 # -- what came of it ------------------------------------------------------------------------------
 
 
-def verdict(cell: Cell, ranks: list[dict[str, Any]], want: list[Any]) -> dict[str, Any]:
+def verdict(cell: Cell, ranks: list[dict[str, Any]], want: list[Any], same: dict[str, str]) -> dict[str, Any]:
     """Equal, wrong, raises or hangs."""
     tool, name, schedule, setting = cell
     one: dict[str, Any] = {"tool": tool, "model": name, "schedule": schedule, "setting": setting}
@@ -197,48 +196,51 @@ def verdict(cell: Cell, ranks: list[dict[str, Any]], want: list[Any]) -> dict[st
         _, kind, line, where = raised[0]
         result = "hangs" if "Timed out" in line else "raises"
         return one | {"result": result, "error": kind, "line": line, "in": where}
-    errors = dict(differences([r["learned"] for r in ranks], want))
+    errors, missing = differences([r["learned"] for r in ranks], want, same)
     worst = max(errors, key=lambda n: errors[n])
     wrong = sorted(n for n, e in errors.items() if not e <= EQUAL)
     return one | {
-        "result": "wrong" if wrong else "equal", "largest error": errors[worst], "of": worst, "wrong": wrong,
+        "result": "wrong" if wrong or missing else "equal", "largest error": errors[worst], "of": worst,
+        "wrong": wrong, "missing": missing,
     }  # fmt: skip
 
 
-def differences(ranks: list[Any], want: list[Any]) -> Iterator[tuple[str, float]]:
-    """Of the losses and of each gradient, the largest error in any step; infinite where there is none."""
-    errors: dict[str, float] = {}
+def differences(
+    ranks: list[Any], want: list[Any], same: dict[str, str]
+) -> tuple[dict[str, float], list[str]]:
+    """The largest error of the losses and of each gradient in any step, and parameters without a gradient."""
+    errors, missing = {"loss": 0.0}, set[str]()
     for step, (loss, gradients) in enumerate(want):
         largest = max(g.abs().max().item() for g in gradients.values())
         (got,) = (steps[step][0] for steps in ranks if steps[step][0] is not None)
-        errors["loss"] = max(errors.get("loss", 0.0), (abs(got - loss) / abs(loss)).item())
-        seen = set()
-        for steps in ranks:
-            for name, gradient in steps[step][1].items():
-                wanted = gradients[name]
-                seen.add(wanted.sum().item())
-                own = wanted.abs().max().item()
-                scale = own if own > 1e-12 * largest else largest
-                error = (gradient - wanted).abs().max().item() / scale
-                errors[name] = max(errors.get(name, 0.0), error)
-        errors |= {n: float("inf") for n, g in gradients.items() if g.sum().item() not in seen}
-    yield from errors.items()
+        errors["loss"] = max(errors["loss"], (abs(got - loss) / abs(loss)).item())
+        found = [pair for steps in ranks for pair in steps[step][1].items()]
+        for name, gradient in found:
+            own = gradients[name].abs().max().item()
+            scale = own if own > 1e-12 * largest else largest
+            error = (gradient - gradients[name]).abs().max().item() / scale
+            errors[name] = max(errors.get(name, 0.0), error)
+        missing |= {same[n] for n in gradients} - {same[n] for n, _ in found}
+    return errors, sorted(missing)
 
 
 def measured(folder: Path) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """All cells, and what capturing and saving changed of the models."""
-    wants, changed = {}, {}
+    wants, changed, same = {}, {}, {}
     for name in MODELS:
         model, args, target = made(name, LAYERS, BATCH)
         before = state(model)
         saved(model, args, folder / f"{name}.fxa", 2)
         changed[name] = changes(before, state(model))
-        wants[name] = one_process(copy.deepcopy(model), args, target, STEPS)
+        first = {p: n for n, p in model.named_parameters()}
+        same[name] = {n: first[p] for n, p in model.named_parameters(remove_duplicate=False)}
+        wants[name] = one_process(model, args, target, STEPS)
     rows = []
     for tool, all_cells in cells().items():
         mp.start_processes(worker, (folder, tool), nprocs=2, start_method="spawn")
         found = [torch.load(folder / f"found {tool} {rank}.pt") for rank in range(2)]
-        rows += [verdict(cell, [one[cell] for one in found], wants[cell[1]]) for cell in all_cells]
+        for cell in all_cells:
+            rows.append(verdict(cell, [one[cell] for one in found], wants[cell[1]], same[cell[1]]))
     return rows, changed
 
 
@@ -255,7 +257,8 @@ def main() -> None:
         {
             "transformers": importlib.metadata.version("transformers"), "backend": "gloo", "processes": 2,
             "dtype": "float64", "layers": LAYERS, "batch": BATCH, "length": 7, "width": 8,
-            "microbatches": MICROBATCHES, "steps": STEPS, "equal": EQUAL, "hangs": f"no answer for {SECONDS} s", "split of torch": MIDDLE,
+            "microbatches": MICROBATCHES, "steps": STEPS, "equal": EQUAL,
+            "hangs": f"no answer for {SECONDS} s", "split of torch": MIDDLE,
             "changed by fxaccel": changed, "rows": rows,
         },
     )  # fmt: skip
