@@ -1,7 +1,8 @@
-"""Training steps of models in two processes, ours beside torch's pipeline(): python bench/pipeline.py
+"""Training steps in two processes, ours beside torch's pipeline(): python bench/pipeline.py [model ...]
 
 Each model of tests/pipeline_runs.py is cut into two stages, one a process over gloo, and takes steps under
-each schedule; losses and all gradients of all steps are held beside those of one process, in float64.
+each schedule; losses and all gradients of all steps are held beside those of one process, in float64. With
+names of models, those alone are run, and nothing is kept.
 
 fxaccel             a file saved by one process, loaded in each;  fast.schedule(...).step(...)
 torch               pipeline(model, (), microbatch, {path: SplitPoint.BEGINNING}).build_stage(...) in torch's
@@ -35,10 +36,12 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fxaccel
-from tests.pipeline_runs import MODELS, OWN_LOSS, learned, loss_of, made, one_process, saved
+from tests import pipeline_runs
+from tests.pipeline_runs import OWN_LOSS, learned, loss_of, made, one_process, saved
 
-LAYERS, BATCH, MICROBATCHES, STEPS, SECONDS = 4, 8, 4, 2, 20
+LAYERS, BATCH, MICROBATCHES, STEPS, SECONDS = 4, 8, 4, 2, 12
 EQUAL = 1e-9
+MODELS = sys.argv[1:] or pipeline_runs.MODELS
 SCHEDULES = ("GPipe", "1F1B", "InterleavedZeroBubble")
 MIDDLE = {
     "tied": "layers.2", "unet": "middle", "gpt2": "transformer.h.2", "bert": "bert.encoder.layer.2",
@@ -55,6 +58,8 @@ def settings(name: str) -> Iterator[str]:
     if name in OWN_LOSS:
         yield "loss outside"
         yield "loss outside, eager attention"
+    if name == "llama":
+        yield "by position"
 
 
 def cells() -> dict[str, list[Cell]]:
@@ -94,10 +99,12 @@ def theirs(cell: Cell, rank: int, group: dist.ProcessGroup, folder: Path) -> dic
         target = args.pop("labels")
     if "eager" in setting:
         model.set_attn_implementation("eager")
+    given, named = (tuple(args.values()), {}) if "position" in setting else ((), args)
     before = state(model)
-    example = {n: t[: BATCH // MICROBATCHES] for n, t in args.items()}
+    example = [t[: BATCH // MICROBATCHES] for t in given]
+    example_named = {n: t[: BATCH // MICROBATCHES] for n, t in named.items()}
     try:
-        pipe = pipeline(model, (), example, {MIDDLE[name]: SplitPoint.BEGINNING})
+        pipe = pipeline(model, tuple(example), example_named, {MIDDLE[name]: SplitPoint.BEGINNING})
     finally:
         changed = {"changed": changes(before, state(model))}
     device = torch.device("cpu")
@@ -109,8 +116,10 @@ def theirs(cell: Cell, rank: int, group: dist.ProcessGroup, folder: Path) -> dic
     def step() -> Tensor | None:
         losses = list[Tensor]()
         wanted = torch.zeros(BATCH) if target is None else target  # torch calls no loss without a target
-        given: Any = {"target": wanted, "losses": losses} if rank else args
-        runner.step(**given, return_outputs=False)
+        if rank == 0:
+            runner.step(*given, **named, return_outputs=False)
+        else:
+            runner.step(target=wanted, losses=losses, return_outputs=False)
         if tool == "torch, summed":
             for copies in pipe.replicated_params:
                 dist.all_reduce(stage.submod.get_parameter(copies[f"submod_pp_{rank}"]).grad, group=group)
@@ -176,7 +185,7 @@ def worker(rank: int, folder: Path, tool: str) -> None:
 
 def said(error: BaseException) -> tuple[str, str, str]:
     """The class and the first line of an error, of the one that began it, and the function that raised it."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and str(error.__cause__):
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -252,6 +261,8 @@ def main() -> None:
         rows, changed = measured(Path(folder))
     for row in rows:
         print({k: v for k, v in row.items() if k != "wrong"}, flush=True)
+    if sys.argv[1:]:
+        return
     save(
         "pipeline",
         {
