@@ -277,7 +277,7 @@ class Pipeline:
         else:
             target = None if self.targets is None else self.targets[int(number)]
             loss = self.loss(self.taken.result(tensors), target)
-        return loss / self.order.microbatches if self.mean else loss
+        return loss / (self.order.microbatches if self.mean else 1)  # a tensor of its own
 
     def _find_loss(self, flow: Flow) -> None:
         """Which output is the model's own loss: the first that is one number with a gradient."""

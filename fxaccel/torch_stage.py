@@ -46,9 +46,7 @@ class Stage(PipelineStage):
         self.watch, self.micro = watch, micro
         self.parted = any(a.kind == "I" and a.stage == number for a in order.ranks[order.placement[number]])
         self.alone: dict[int, Results] = {}
-        self.rooms: dict[
-            int, Tensor
-        ] = {}  # by the id of a receipt, a tensor like it of no bytes
+        self.rooms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # by the id of a receipt
 
     # -- receipts: torch makes room for those of all microbatches at once, here each has it while it is needed
 
@@ -65,13 +63,14 @@ class Stage(PipelineStage):
     def _cleared(self, receipts: Iterable[Iterable[Any]]) -> None:
         for one in (one for several in receipts for one in several):
             if getattr(one, "buffer", None) is not None:
-                self.rooms.setdefault(id(one), torch.empty_like(one.buffer, device="meta"))
+                self.rooms.setdefault(id(one), (one.buffer.shape, one.buffer.dtype))
                 one.buffer = None
 
     def _room(self, receipts: Iterable[Any]) -> None:
         for one in receipts:
             if id(one) in self.rooms and one.buffer is None:
-                one.buffer = torch.empty_like(self.rooms[id(one)], device=self.device)
+                size, dtype = self.rooms[id(one)]
+                one.buffer = torch.empty(size, dtype=dtype, device=self.device)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._room(self.args_recv_info[fwd_chunk_id])
@@ -103,6 +102,8 @@ class Stage(PipelineStage):
         with self.watch.computing(self.stage_index, f"the backward of microbatch {bwd_chunk_id}"):
             if full_backward or self.is_first:
                 super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+                if loss is not None:
+                    loss.detach_()  # torch holds it to the end of the step, and with it what was received
             else:
                 self._backward_input(bwd_chunk_id, loss, last_backward)
         self._cleared([self.grad_recv_info.get(bwd_chunk_id, ())])
