@@ -31,7 +31,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from fxaccel.derived import Derived, derived, standing
 from fxaccel.effects import last_uses, written
-from fxaccel.ir import Program, Region, arguments, expr, is_tensor, target_name
+from fxaccel.ir import Program, Region, arguments, expr, target_name
 
 # Operators whose Python binding takes the schema's arguments in the schema's order.
 _BOUND = """
@@ -518,7 +518,7 @@ def _kernel(node: fx.Node) -> tuple[Any, str]:
     """The module of the kernel of ours that a node calls, and the type of its device; None and "" if none."""
     target, val = node.target, node.meta.get("val")
     first = val[0] if isinstance(val, (tuple, list)) and val else val
-    if getattr(target, "namespace", "") != "fxaccel" or not is_tensor(first):
+    if getattr(target, "namespace", "") != "fxaccel" or not isinstance(first, Tensor):
         return None, ""
     try:
         return importlib.import_module(f"fxaccel.kernels.{target._opname}"), first.device.type
