@@ -76,7 +76,6 @@ class Pipeline:
         self.loss, self.mean, self.timeout = loss, reduction == "mean", timedelta(seconds=timeout)
         self.groups: list[dist.ProcessGroup] = []
         self.group = self._groups([ranks])[tuple(ranks)]
-        self.flows: dict[str, Flow] = {}
         self.runners: dict[Flow, Any] = {}
         self.micro: list[tuple[Tensor, ...]] = []
         self.targets: list[Any] | None = None
@@ -84,10 +83,13 @@ class Pipeline:
         prepared: dict[str, Any] = {"asked": [schedule, microbatches]}
         try:
             self._prepare(model, schedule, microbatches, device, stages)
-            prepared["flow"] = [[str(t) for t in side] for side in self.flow]
+            flow = self.taken.flow(self.taken.captured())
+            prepared["flow"] = [[str(t) for t in side] for side in flow]
+            self._find_loss(flow)
         except FxaccelError as error:
             prepared["refused"] = error.message, error.hint
-        self.watch = Watch(self._agree(prepared), self.rank, self._numbers(), timeout)
+        store = self._agree(prepared)
+        self.watch = Watch(store, self.rank, [self.order.stages(r) for r in range(self.size)], timeout)
         self.shared = list(self._shared())
 
     def _groups(self, wanted: Sequence[Sequence[int]]) -> dict[tuple[int, ...], dist.ProcessGroup]:
@@ -121,7 +123,7 @@ class Pipeline:
                 "cut it with stages= the count of processes, or a multiple of it",
             )
         self.order = order(schedule, self.size, microbatches, chunks)
-        self.numbers = self._numbers()[self.rank]
+        self.numbers = self.order.stages(self.rank)
         self.device = self.taken.device if device is None else torch.device(device)
         own = [self.taken.of(n, self.device) for n in self.numbers]
         self.stages = list(own if stages is None else stages)
@@ -130,22 +132,12 @@ class Pipeline:
                 "stages are not those of this process, expected what fast.stage(n, device) gives for n in "
                 f"{self.numbers} on {self.device}, or what wraps that"
             )
-        if any(isinstance(s, DistributedDataParallel) for s in self.stages) and any(
-            a.kind == "I" for actions in self.order.ranks for a in actions
-        ):
+        wrapped = any(isinstance(s, DistributedDataParallel) for s in self.stages)
+        if wrapped and any(map(self.order.parted, range(self.taken.count))):
             raise OptionError(
                 f"{self.order.schedule} does backward in two parts, and DistributedDataParallel sees one",
                 "take 1F1B, or shard the stages by torch.distributed.fsdp.fully_shard",
             )
-        self.flow = self.taken.flow(self.taken.captured())
-        self._find_loss(self.flow)
-
-    def _numbers(self) -> list[list[int]]:
-        """rank -> its stages."""
-        if not hasattr(self, "order"):
-            return [[r] for r in range(self.size)]
-        placed = list(enumerate(self.order.placement))
-        return [[stage for stage, rank in placed if rank == r] for r in range(self.size)]
 
     def _agree(self, prepared: dict[str, Any]) -> Store:
         """The store of this pipeline; OptionError in every process where they do not fit together."""
@@ -208,7 +200,7 @@ class Pipeline:
             for parameter, _ in before:
                 parameter.grad = None
             last = self.taken.count - 1 in self.numbers
-            self.targets = self._split(target, "the target") if last and target is not None else None
+            self.targets = self._split(target) if last and target is not None else None
             losses = list[Tensor]()
             given: dict[str, Any] = {"target": self._counted(), "losses": losses} if last else {}
             schedule.step(*[self._counted()] * (0 in self.numbers), return_outputs=False, **given)
@@ -232,11 +224,7 @@ class Pipeline:
             self.watch.tell(key, said)
             self.watch.store.delete_key(f"step {self.steps - 2}")
         said = self.watch.ask(key)
-        if said not in self.flows:
-            given = zip(self.taken.captured(), json.loads(said), strict=True)
-            like = [torch.empty(s, dtype=t.dtype, device="meta", requires_grad=g) for t, (s, g) in given]
-            self.flows[said] = self.taken.flow(like)
-        return self.flows[said]
+        return self.taken.flow(self.taken.like(json.loads(said)))
 
     def _runner(self, flow: Flow) -> Any:
         """Torch's schedule over the stages of this process, made once for each size."""
@@ -255,16 +243,16 @@ class Pipeline:
             self.micro,
         )  # fmt: skip
 
-    def _split(self, value: Any, what: str) -> list[Any]:
-        """Equal parts of tensors along their first dimension."""
+    def _split(self, value: Any) -> list[Any]:
+        """Equal parts of the target, along the first dimension of its tensors."""
         count = self.order.microbatches
         leaves, spec = pytree.tree_flatten(value)
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] % count:
                 came = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise OptionError(
-                    f"{what} has {came}, expected tensors whose first dimension is cut into {count} equal "
-                    "microbatches"
+                    f"the target has {came}, expected tensors whose first dimension is cut into {count} "
+                    "equal microbatches"
                 )
         parts = zip(*(leaf.to(self.device).chunk(count) for leaf in leaves), strict=True)
         return [pytree.tree_unflatten(part, spec) for part in parts]

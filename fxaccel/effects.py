@@ -214,16 +214,19 @@ def learned(program: Program) -> set[fx.Node]:
     return found
 
 
-def learning(program: Program) -> set[fx.Node]:
-    """Nodes that need a gradient if all parameters do: of the caller's tensors only those that do (an
+def flowing(program: Program) -> set[fx.Node]:
+    """Values that a gradient goes to in this step: not to inputs and parameters that take none (an
     analysis)."""
-    found, flows = set[fx.Node](), program.facts(learned)
+    learns, found = program.facts(learned), set[fx.Node]()
     for node in program.graph.nodes:
-        stopped = any(r.kind == "grad" and not r.args[0] for r in node.meta.get("regions", ()))
-        if node not in flows or stopped or node.target is torch.ops.aten.detach.default:
-            continue
-        own = node.op == "placeholder" and (node.name in program.state or node.meta["val"].requires_grad)
-        if own or not found.isdisjoint(node.all_input_nodes):
+        if node.op == "placeholder":
+            flows = node.meta["val"].requires_grad
+        else:
+            ends = node.target is torch.ops.aten.detach.default or any(
+                r.kind == "grad" and not r.args[0] for r in node.meta.get("regions", ())
+            )
+            flows = not ends and not found.isdisjoint(node.all_input_nodes)
+        if flows and node in learns:
             found.add(node)
     return found
 

@@ -198,7 +198,7 @@ class Emitter:
         for node in self.program.graph.find_nodes(op="placeholder"):
             is_state = node.name in self.program.state
             self.names[node] = self.state_read(node) if is_state else self.local(node.name)
-        return [self.names[self.program.placeholder(n)] for n in self.inputs]
+        return [self.names[n] for n in self.program.input_nodes()]
 
     def body(self, body: list[fx.Node], output: fx.Node) -> list[str]:
         """Statements that compute all nodes and return what the output node reads."""

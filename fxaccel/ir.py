@@ -242,6 +242,11 @@ class Program:
         """The placeholder node called `name`."""
         return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
 
+    def input_nodes(self) -> list[fx.Node]:
+        """The placeholders of the inputs, in the order of a call's tensors."""
+        nodes = {n.name: n for n in self.graph.find_nodes(op="placeholder")}
+        return [nodes[name] for name in self.inputs if name is not None]
+
     def state_node(self, name: str) -> fx.Node:
         """The placeholder that holds the parameter or buffer `name` of the module."""
         for node in self.graph.nodes:
@@ -284,6 +289,9 @@ class Program:
                     "first"
                 )
         self.replacements.append(one)
+        trains = not one.frozen and any(self.state_node(n).meta["val"].requires_grad for n in one.old)
+        for val in vals:
+            val.requires_grad_(trains and val.dtype.is_floating_point)
         return [
             self.add_state(Slot("parameter", name), val, one.by)  # type: ignore[arg-type]
             for name, val in zip(one.new, vals, strict=True)

@@ -137,7 +137,7 @@ def watched(program: Program, kind: Callable[[Program], W], loss: bool = True) -
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(watch.accumulated)
     functions = replace(code, constants=constants).bind(Tables(state), "<fxaccel profile>")
-    inputs = [given[program.placeholder(n)] for n in program.inputs if n is not None]
+    inputs = [given[n] for n in program.input_nodes()]
     with fakes, torch.enable_grad():
         try:
             outputs = functions["forward"](*inputs)
@@ -160,9 +160,7 @@ def _fake(node: fx.Node, program: Program) -> Tensor:
 
     size = [number(s, program.hints) for s in val.shape]
     made = torch.empty_strided(size, [known(s) for s in val.stride()], dtype=val.dtype, device=val.device)
-    slot = program.state.get(node.name)
-    learns = val.requires_grad or (slot is not None and slot.kind == "parameter")
-    return made.requires_grad_(learns and val.dtype.is_floating_point)
+    return made.requires_grad_(val.requires_grad)
 
 
 class _Emitter(scheduled.Emitter):

@@ -7,7 +7,7 @@ anything runs: the step is run on fake tensors, which have sizes and no data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ class TensorMeta:
         return made.requires_grad_(self.requires_grad)
 
     def __str__(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        return f"{self.name} {_said(self)}"
 
 
 Flow = tuple[tuple[TensorMeta, ...], ...]
@@ -99,11 +99,11 @@ def stage_modules(model: AcceleratedModule, *args: Any, **kwargs: Any) -> list[S
 
     The call is one with a microbatch, and has to fit the capture that was cut.
     """
-    taken = Taken(model)
-    tensors = taken.tensors(args, kwargs)
-    taken.check(tensors)
-    flow = taken.flow(tensors)
-    return [taken.stage(i, flow) for i in range(taken.count)]
+    whole = taken(model)
+    tensors = whole.tensors(args, kwargs)
+    whole.check(tensors)
+    flow = whole.flow(tensors)
+    return [whole.stage(i, flow) for i in range(whole.count)]
 
 
 def taken(model: AcceleratedModule) -> Taken:
@@ -141,6 +141,8 @@ class Taken:
         self.program: Program = self.one.program
         self.parts: list[Part] = self.program.facts(parts)
         self.count = len(self.parts)
+        self.inputs = {n.name: n.meta["val"] for n in self.program.input_nodes()}
+        self.flows: dict[Any, Flow] = {}
         self.made: dict[tuple[int, torch.device], StageModule] = {}
         self.own: dict[torch.device, Code] = {}
         self.copies: dict[tuple[int, torch.device], Tensor] = {}
@@ -193,10 +195,8 @@ class Taken:
         Cut are those whose first dimension is the batch, or which have so many times the rows that the model
         was captured for; all microbatches have the others.
         """
-        vals = [self.program.placeholder(n).meta["val"] for n in self.program.inputs if n is not None]
-        free = bool(vals) and vals[0].dim() > 0 and expr(vals[0].shape[0]).is_Symbol
-        symbols, cut = batches(self.program) if free else set[str](), list[Sequence[Tensor]]()
-        for val, name, given in zip(vals, filter(None, self.program.inputs), batch, strict=True):
+        symbols, cut = self.program.facts(batches), list[Sequence[Tensor]]()
+        for (name, val), given in zip(self.inputs.items(), batch, strict=True):
             tensor = given.contiguous() if name in self.program.contiguous else given
             rows = expr(val.shape[0]) if val.dim() and tensor.dim() else None
             several = rows is not None and rows.is_Integer and tensor.shape[0] != rows
@@ -216,9 +216,7 @@ class Taken:
     def check(self, tensors: Sequence[Tensor]) -> None:
         """OptionError where the first stage does not take these."""
         if not self.one.accepts(*tensors):
-            inputs = [self.program.placeholder(n).meta["val"] for n in self.program.inputs if n is not None]
-            came = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
-            wanted = ", ".join(f"{str(v.dtype).removeprefix('torch.')}{list(v.shape)}" for v in inputs)
+            wanted, came = (", ".join(map(_said, side)) for side in (self.inputs.values(), tensors))
             raise OptionError(
                 f"the call fits no capture that is cut: expected {wanted}, came {came}",
                 "sizes that are numbers are fixed, since the model was captured with no others",
@@ -227,9 +225,13 @@ class Taken:
     def captured(self) -> tuple[Tensor, ...]:
         """Tensors like those of one microbatch of the call that was captured, without data."""
         hints = self.parts[0].program.hints
-        vals = [self.program.placeholder(n).meta["val"] for n in self.program.inputs if n is not None]
+        return self.like([([number(s, hints) for s in v.shape], False) for v in self.inputs.values()])
+
+    def like(self, sizes: Iterable[tuple[Sequence[int], bool]]) -> tuple[Tensor, ...]:
+        """Tensors without data as the inputs have them, of these sizes, and with a gradient or without."""
         return tuple(
-            torch.empty([number(s, hints) for s in v.shape], dtype=v.dtype, device="meta") for v in vals
+            torch.empty(size, dtype=v.dtype, device="meta", requires_grad=grad)
+            for v, (size, grad) in zip(self.inputs.values(), sizes, strict=True)
         )
 
     # -- stages -----------------------------------------------------------------------------------
@@ -270,7 +272,14 @@ class Taken:
         return self.copies[key]
 
     def flow(self, given: Sequence[Tensor]) -> Flow:
-        """What the first stage takes, and what each stage returns, by a run on fake tensors."""
+        """What the first stage takes, and what each stage returns; found once for each size."""
+        key = tuple((t.shape, t.requires_grad) for t in given)
+        if key not in self.flows:
+            self.flows[key] = self._flow(given)
+        return self.flows[key]
+
+    def _flow(self, given: Sequence[Tensor]) -> Flow:
+        """The same, by a run on fake tensors."""
         fakes, copies = Fakes(Ledger()), dict[int, Tensor]()
 
         def fake(value: Any) -> Any:
@@ -303,6 +312,11 @@ class Taken:
         given, shown = iter(tensors), list(self.program.graph.output_node().args[0])
         outputs = set(self.outputs)
         return self.one.result([next(given) if n in outputs else n for n in shown])
+
+
+def _said(tensor: Any) -> str:
+    """Type and sizes, as text."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def _told(nodes: tuple[fx.Node, ...], values: Any) -> tuple[TensorMeta, ...]:

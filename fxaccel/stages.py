@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel.cost import node_flops
-from fxaccel.effects import aliased_arguments, has_effect, learned, learning, written
+from fxaccel.effects import aliased_arguments, flowing, has_effect, learned, written
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, expr, is_tensor, number
 from fxaccel.schedule import Schedule
@@ -163,6 +163,8 @@ class _Cut:
         self.leaves = program.facts(leaves)
         self.index = {n: i for i, n in enumerate(program.graph.nodes)}
         self.outputs = program.graph.output_node().all_input_nodes
+        assert program.stages is not None, "the program is cut"
+        self.stages, self.hints = program.stages, microbatch(program, program.stages.microbatches)
 
     def parts(self) -> list[Part]:
         found, sends = list[Part](), list[fx.Node]()
@@ -181,8 +183,7 @@ class _Cut:
                 read.update(dict.fromkeys(node.all_input_nodes))
         wanted = {leaf for n in read if n not in self.made_again for leaf in self.leaves[n]}
         wanted = (wanted | set(sends)) - made
-        inputs = [self.program.placeholder(n) for n in self.program.inputs if n is not None]
-        there = inputs if first else sorted(wanted, key=self.index.__getitem__)
+        there = self.program.input_nodes() if first else sorted(wanted, key=self.index.__getitem__)
         sizes = dict[fx.Node, tuple[fx.Node, int]]()
         for node in sorted(inside, key=self.index.__getitem__):
             if node.target is _SIZE:
@@ -190,11 +191,9 @@ class _Cut:
         nodes = sorted([*own, *inside], key=self.index.__getitem__)
         receives = there if first else sorted(there, key=self.index.__getitem__)
         shown = self.program.graph.output_node().args[0] if last else sends
-        assert self.program.stages is not None, "the program is cut"
-        schedule = self.program.stages.schedule(number)
-        own_program = alone(self.program, nodes, receives, shown, sizes)
-        hints = microbatch(self.program, self.program.stages.microbatches)
-        return Part(tuple(receives), tuple(sends), replace(own_program, schedule=schedule, hints=hints))
+        inner = alone(self.program, nodes, receives, shown, sizes)
+        inner = replace(inner, schedule=self.stages.schedule(number), hints=self.hints)
+        return Part(tuple(receives), tuple(sends), inner)
 
     def carried(
         self, node: fx.Node, there: list[fx.Node], made: set[fx.Node],
@@ -219,25 +218,32 @@ class _Cut:
 
 def batch(program: Program) -> str:
     """The symbol of the batch: the first dimension of the first input. OptionError where that is fixed."""
-    first = next((n for n in program.inputs if n is not None), None)
-    shape = program.placeholder(first).meta["val"].shape if first is not None else ()
-    if not shape or not expr(shape[0]).is_Symbol:
+    symbol = _head(next(iter(program.input_nodes()), None))
+    if symbol is None:
+        first = next((n for n in program.inputs if n is not None), "the first input")
         raise OptionError(
-            f"the first dimension of {first or 'the first input'} is fixed, so there is no batch to choose",
+            f"the first dimension of {first} is fixed, so there is no batch to choose",
             "capture with a batch of two or more",
         )
-    return str(expr(shape[0]))
+    return symbol
+
+
+def _head(node: fx.Node | None) -> str | None:
+    """The symbol that is the first dimension of an input, None where that is a number, or nothing."""
+    shape: Sequence[Any] = node.meta["val"].shape if node is not None else ()
+    return str(expr(shape[0])) if len(shape) and expr(shape[0]).is_Symbol else None
 
 
 def batches(program: Program) -> set[str]:
-    """The symbols of the batch: first dimensions of inputs, of its size, tied to it by a guard."""
-    first, found = batch(program), set[str]()
-    vals = [program.placeholder(n).meta["val"] for n in program.inputs if n is not None]
-    heads = {str(expr(v.shape[0])) for v in vals if v.dim()} & set(program.hints)
-    more = {first}
+    """The symbols of the batch: first dimensions of inputs, of its size, tied to it by a guard; none where
+    it is fixed (an analysis)."""
+    symbols = [_head(node) for node in program.input_nodes()]
+    if not symbols or (first := symbols[0]) is None:
+        return set()
+    heads, found, more = program.hints.keys() & symbols, set[str](), {first}
+    tied = [set(re.findall(r"\w+", g)) for g in program.guards if "==" in g]
     while more:
         found |= more
-        tied = [set(re.findall(r"\w+", g)) for g in program.guards if "==" in g]
         near = {s for names in tied if names & found for s in names & heads}
         more = {s for s in near if program.hints[s] == program.hints[first]} - found
     return found
@@ -252,7 +258,7 @@ def microbatch(program: Program, count: int) -> dict[str, int]:
         raise OptionError(
             f"the captured batch of {size * count + rest} cannot be cut into {count} equal microbatches"
         )
-    return {**program.hints, **dict.fromkeys(batches(program), size)}
+    return {**program.hints, **dict.fromkeys(program.facts(batches), size)}
 
 
 # -- a stage as a program --------------------------------------------------------------------------
@@ -297,5 +303,5 @@ def _received(program: Program, node: fx.Node) -> Any:
     """The value of a node as an input: with a gradient where one flows back."""
     val = node.meta["val"]
     if isinstance(val, Tensor) and node.op != "placeholder":
-        return val.detach().requires_grad_(node in program.facts(learning))
+        return val.detach().requires_grad_(node in program.facts(flowing))
     return val

@@ -44,7 +44,7 @@ class Stage(PipelineStage):
         )  # fmt: skip
         self.stage_index_to_group_rank = dict(enumerate(order.placement))
         self.watch, self.micro = watch, micro
-        self.parted = any(a.kind == "I" and a.stage == number for a in order.ranks[order.placement[number]])
+        self.parted = order.parted(number)
         self.alone: dict[int, Results] = {}
         self.rooms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # by the id of a receipt
 

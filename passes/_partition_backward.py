@@ -1,4 +1,4 @@
-"""Where gradients flow, and seconds of the backward of a call for each argument that one goes to.
+"""Seconds of the backward of a call for each argument that a gradient goes to.
 
 A product has one product in backward for each of its factors, which is left out where that one takes no
 gradient; other calls take as much whatever the gradient goes to, half of it for parameters where it goes to
@@ -9,33 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-import torch
 from torch import fx
 
-from fxaccel.effects import differentiable, learned
-from fxaccel.ir import Program, Region, arguments
+from fxaccel.effects import differentiable
+from fxaccel.ir import arguments
 from fxaccel.roofline import BACKWARD
 
-_DETACH = torch.ops.aten.detach.default
 ADDED = {"bias", "attn_mask", "mask", "attn_bias"}  # what a product adds, which is no factor of it
-
-
-def flowing(program: Program) -> set[fx.Node]:
-    """Values that a gradient goes to in this step (an analysis): not to inputs and parameters without."""
-    learns, found = program.facts(learned), set[fx.Node]()
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            flows = node.meta["val"].requires_grad
-        else:
-            ends = node.target is _DETACH or any(map(_without, node.meta.get("regions", ())))
-            flows = not ends and not found.isdisjoint(node.all_input_nodes)
-        if flows and node in learns:
-            found.add(node)
-    return found
-
-
-def _without(region: Region) -> bool:
-    return region.kind == "grad" and region.args == (False,)
 
 
 def gradients(

@@ -17,10 +17,10 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxaccel.effects import aliased_arguments, has_effect, mutated_arguments, written
+from fxaccel.effects import aliased_arguments, flowing, has_effect, mutated_arguments, written
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, is_tensor
-from fxaccel.passes._partition_backward import flowing, gradients
+from fxaccel.passes._partition_backward import gradients
 from fxaccel.passes._partition_order import bound, fewest_alive
 from fxaccel.pipeline.balance import Balanced, Node, Scarce, balance
 from fxaccel.pipeline.simulator import Link

@@ -128,8 +128,8 @@ def captured(program: Program) -> tuple[int, bool]:
     try:
         name = batch_of(program)
     except OptionError:
-        first = next((n for n in program.inputs if n is not None), None)
-        shape: Any = program.placeholder(first).meta["val"].shape if first is not None else ()
+        first = next(iter(program.input_nodes()), None)
+        shape: Any = first.meta["val"].shape if first is not None else ()
         return (int(shape[0]) if len(shape) else 1), False
     sizes = Sizes(program)
     return next(program.hints[s] for s, n in sizes.names.items() if n == name), True
@@ -160,7 +160,6 @@ class Study:
     """A pipeline that was chosen, and what else was tried.
 
     plan      the stages of it, for one of its microbatches
-    note      how the pass is asked for that
     """
 
     asked: Asked
@@ -190,7 +189,7 @@ class Study:
         yield ""
         yield "rank  stages            busy        peak       sends"
         for rank, (busy, peak) in enumerate(zip(found.busy, found.peaks, strict=True)):
-            stages = ", ".join(str(s) for s, r in enumerate(found.order.placement) if r == rank)
+            stages = ", ".join(map(str, found.order.stages(rank)))
             sends = sum(n for (source, _), n in found.sent.items() if source == rank)
             share = 100 * busy / found.seconds if found.seconds else 0.0
             yield f"{rank:>4}  {stages:<12}{share:>8.1f} %{said(peak):>12}{said(sends):>12}"

@@ -189,7 +189,7 @@ class Partition(Pass):
         if calls != sorted(calls):
             _move(calls, made_again, program.graph.output_node())
         begins = [nodes[stage[0]] for stage in plan.order[1:]]
-        flights = tuple(self.terms().in_flight)
+        flights = self.terms().in_flight
         program.stages = Stages(tuple(n.name for n in begins), self.microbatches, flights)
         program.changed()
         for node, stage in zip(begins, plan.stages[1:], strict=True):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fxaccel
+from fxaccel.effects import flowing
 from fxaccel.ir import Replacement, is_call
 from tests.helpers import session, targets, train_step
 
@@ -133,6 +134,16 @@ def test_replaced_parameters_that_were_frozen_stay_frozen():
     fast = fxaccel.accelerate(model, passes=[MergeLinears], example_inputs=(torch.randn(3, 8),))
     assert not dict(fast.named_parameters())["q_weight_and_others"].requires_grad
     assert fast.out.weight.requires_grad
+    program = session(fast).all[0].program
+    assert {n.name for n in program.facts(flowing)} == {"p_out_weight", "p_out_bias", "linear_3"}
+
+
+def test_gradients_flow_to_parameters_in_the_place_of_others(merged):
+    program = session(merged[1]).all[0].program
+    assert program.state_node("q_weight_and_others") in program.facts(flowing)
+    linears = [n for n in program.graph.nodes if is_call(n, aten.linear.default)]
+    assert len(linears) == 2
+    assert program.facts(flowing).issuperset(linears)
 
 
 def test_a_second_mode_captured_later_uses_the_same_replaced_parameters(merged):

@@ -64,6 +64,14 @@ class Order:
         for sentence in _defects(self):
             raise OptionError(f"the order of {self.schedule} is not whole: {sentence}")
 
+    def stages(self, rank: int) -> list[int]:
+        """The stages of a rank."""
+        return [stage for stage, at in enumerate(self.placement) if at == rank]
+
+    def parted(self, stage: int) -> bool:
+        """Whether any backward of a stage is done in two parts."""
+        return any(a.kind == "I" and a.stage == stage for a in self.ranks[self.placement[stage]])
+
     def in_flight(self) -> tuple[int, ...]:
         """Stage -> the most microbatches whose forward is done and whose backward, B or W, is not."""
         most, live = [0] * len(self.placement), [0] * len(self.placement)
