@@ -32,7 +32,7 @@ TILE = 1_024  # pairs that one program turns
 
 def _parts(x: Tensor, pairs: bool) -> Sequence[Tensor]:
     """The two of each pair, as views."""
-    return (x[..., 0::2], x[..., 1::2]) if pairs else x.split(x.shape[-1] // 2, -1)
+    return (x[..., 0::2], x[..., 1::2]) if pairs else x.chunk(2, -1)
 
 
 def _joined(y1: Tensor, y2: Tensor, pairs: bool) -> Tensor:
@@ -209,10 +209,15 @@ def _large(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool, shared: bool, inver
     return y
 
 
-def _small(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Halves of all columns, in as few calls as there can be."""
-    x1, x2 = x.split(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, torch.cat([x2.neg(), x1], -1), sin)
+def _small(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool, inverse: bool) -> Tensor:
+    """All columns, in as few calls as there can be; autograd can follow them."""
+    if inverse:
+        t1, t2 = _parts(x * sin, pairs)
+        y = (x * cos).add_(_joined(t2, t1.neg(), pairs))
+    else:
+        x1, x2 = _parts(x, pairs)
+        y = torch.addcmul(x * cos, _joined(x2.neg(), x1, pairs), sin)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def compose(
@@ -224,13 +229,11 @@ def compose(
     inverse: bool = False,
 ) -> list[Tensor]:
     """The CPU kernel."""
-    if not shared and all(x.numel() < SMALL and x.shape[-1] == cos.shape[-1] for x in xs):
-        if pairs or inverse or xs[0].dtype != cos.dtype:
-            return reference(xs, cos, sin, pairs, shared, inverse)
-        return [_small(x, cos, sin) for x in xs]
-    ys = []
+    columns, dtype, ys = cos.shape[-1], cos.dtype, []
     for x in xs:
-        if x.dtype == cos.dtype:
+        if not shared and x.shape[-1] == columns and x.numel() < SMALL:
+            y = _small(x, cos, sin, pairs, inverse)
+        elif x.dtype == dtype:
             y = _large(x, cos, sin, pairs, shared, inverse)
         else:
             wide = torch.promote_types(x.dtype, cos.dtype)
@@ -297,7 +300,7 @@ def direct(
 ) -> list[Tensor]:
     """The op on CPU tensors, past the dispatcher where no gradient is wanted or its call would cost most."""
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*xs, cos, sin):
-        small = xs[0].numel() < SMALL and xs[0].shape[-1] == cos.shape[-1]
-        train = reference if small else _derivative
-        return train(xs, cos, sin, pairs, shared, inverse)
+        if not shared and all([x.numel() < SMALL and x.shape[-1] == cos.shape[-1] for x in xs]):
+            return [_small(x, cos, sin, pairs, inverse) for x in xs]
+        return _derivative(xs, cos, sin, pairs, shared, inverse)
     return compose(xs, cos, sin, pairs, shared, inverse)
