@@ -220,10 +220,11 @@ class Miss:
     why: str = ""
 
 
-def _output(term: Any, match: Match) -> fx.Node:
+def _output(term: Any, match: Match) -> Any:
+    """The node that a term is, of alternatives the one that matched."""
     if isinstance(term, Either):
-        return next(match.terms[o] for _, o in term.options if o in match.terms)
-    return match.terms[term]
+        return next((found for _, o in term.options if (found := _output(o, match)) is not None), None)
+    return match.terms.get(term)
 
 
 class _Matcher:
