@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxaccel.ir import Program, expr, value_of
+from fxaccel.ir import Program, arguments, expr, is_call, value_of
 from fxaccel.kernels import rope
 from fxaccel.pattern import Pattern
 from fxaccel.rule import Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
@@ -146,15 +146,17 @@ class Together(Rule):
 
 def _beside(program: Program, root: fx.Node) -> Match | Miss:
     """The rotation at `root` with the nearest before it whose result nothing reads before root's input."""
-    (x, *more), *how = (list(root.args[0]), *root.args[1:])
-    others = [] if more else [n for n in how[0].users if n.target is root.target and n < root]
-    for other in sorted(others, reverse=True):
-        (y, *rest), same = other.args[0], list(other.args[1:]) == how
-        results = [*other.users, *root.users]
-        readers = [u for n in other.users for u in n.users]
-        if same and not rest and len(results) == 2 and all(x < u for u in readers):
-            terms = {n: n for n in (root, other, *results)}
-            return Match(program, root, {"q": y, "k": x}, terms, outputs=tuple(results))
+    given = arguments(root)
+    (k, *more), cos = given.pop("xs"), given["cos"]
+    before = [] if more else [n for n in cos.users if is_call(n, rope.op) and n < root]
+    for node in sorted(before, reverse=True):
+        other = arguments(node)
+        q, *rest = other.pop("xs")
+        results = [*node.users, *root.users]
+        ready = all(k < reader for result in node.users for reader in result.users)
+        if other == given and not rest and len(results) == 2 and ready:
+            terms = {n: n for n in (root, node, *results)}
+            return Match(program, root, {"q": q, "k": k}, terms, outputs=tuple(results))
     return Miss()
 
 
