@@ -131,8 +131,9 @@ def test_a_stream_is_centred_at_its_sources_and_its_norms_are_exchanged():
     ]
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("train", "grad"), [(False, False), (True, True), pytest.param(False, True, marks=pytest.mark.slow)]
+)
 def test_values_and_gradients_are_those_of_the_original(grad, train):
     model = Net().double().train(train)
     fast, record = converted(model, IDS, grad=grad)
@@ -155,7 +156,9 @@ def test_lower_precision_stays_within_its_rounding(dtype):
     assert errors[1] <= 4 * errors[0] + torch.finfo(dtype).eps * wide.abs().max()
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(torch.optim.SGD, marks=pytest.mark.slow), torch.optim.AdamW]
+)
 def test_training_takes_the_path_of_the_original(optimizer):
     model = Net().double()
     twin = copy.deepcopy(model)

@@ -183,8 +183,16 @@ def rival(m, w, g, starts=50, steps=700):
     return min(m.error(w, m._descended(target, f, 200), g) for f in best)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "gram"])
-@pytest.mark.parametrize("m", SMALL, ids=named)
+@pytest.mark.parametrize(
+    ("m", "weighted"),
+    [
+        pytest.param(
+            m, g, id=f"{named(m)}-{'gram' if g else 'plain'}", marks=[] if g == i % 2 else pytest.mark.slow
+        )
+        for i, m in enumerate(SMALL)
+        for g in (False, True)
+    ],
+)
 def test_no_random_restart_ends_lower(m, weighted):
     w, g, found = problem(m, weighted)
     # both stop where ten steps gain 1e-8 of the squared error; the damping adds its own part
