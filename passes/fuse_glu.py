@@ -40,7 +40,7 @@ class FuseGLU(Rule):
             yield f"the activation is multiplied by the number {up}, not by a tensor"
             return
         if m.up is m.gate or m.up in m.nodes:
-            yield "gate and up are one value: it is an activation times what it is of, or times itself"
+            yield "gate and up are one value, which makes an activation of it"
         if m.chose("sigmoid") and is_call(m.gate, aten.mul.Tensor) and m.up in m.gate.args:
             yield f"it is x * sigmoid({m.gate.args[1]} x), an activation of one value as quick-gelu is"
         yield from list(kernel.unsupported(gate, up, activation(m))) or unequal(gate, up)

@@ -135,8 +135,8 @@ def test_glu_of_torch():
     model = nn.Sequential(nn.Linear(WIDTH, 2 * INNER), nn.GLU(), nn.Linear(INNER, 2))
     fast = accelerated(model, X)
     assert text(fast)[1:3] == [
-        "%getitem, %getitem_1 = aten.split.Tensor(%linear, 12, 2)",
-        "%mul = fxaccel.glu(%getitem_1, %getitem, 'sigmoid')",
+        "%getitem_1, %getitem = aten.split.Tensor(%linear, 12, 2)",
+        "%mul = fxaccel.glu(%getitem, %getitem_1, 'sigmoid')",
     ]
     assert fast.report()["fuse-glu"].applied[0].why == "GLU"
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_it_is_a_default_pass():
 DECLINED = {
     "number": (lambda x, r: F.silu(x) * 1.5,
                "the activation is multiplied by the number 1.5, not by a tensor"),
-    "one value": (lambda x, r: F.silu(x) * x, "gate and up are one value: it is an activation times"),
+    "one value": (lambda x, r: F.silu(x) * x, "gate and up are one value, which makes an activation of it"),
     "quick gelu": (lambda x, r: x * torch.sigmoid(1.702 * x),
                    "it is x * sigmoid(1.702 x), an activation of one value as quick-gelu is"),
     "broadcast": (lambda x, r: F.silu(x) * r[0], "the kernel does not broadcast"),
