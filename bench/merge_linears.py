@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from harness import interleaved, save
+from norm import keep_memory
 from torch import nn
 
 import fxaccel
@@ -60,6 +61,7 @@ def step(fast: Any, ids: torch.Tensor, grad: bool) -> Callable[[], Any]:
 
 def main() -> None:
     """Every model, width and size."""
+    keep_memory()
     figures: dict[str, Any] = {}
     for width in (256, 512):
         for name, model in models(width).items():
