@@ -233,7 +233,7 @@ class MergeLinears(Pass):
         slots = [program.state[b.name] for b in biases]
         tied = {name for names in program.ties for name in names}
         fit = len(biases) == len(weights) == len(set(biases)) and all(
-            s.kind == "parameter" and s.name not in tied and len(b.users) == 1
+            s.kind == "parameter" and s.name not in tied
             and {b.meta["val"].requires_grad} == trains
             for s, b in zip(slots, biases, strict=True)
         )  # fmt: skip

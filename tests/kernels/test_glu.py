@@ -140,9 +140,11 @@ def test_rows_of_a_packed_tensor_are_read_where_they_lie(monkeypatch, device):
     gate, up = packed.chunk(2, -1)
     seen, flat = [], _glu._rows.flat
     monkeypatch.setattr(_glu._rows, "flat", lambda t: seen.append(flat(t)) or seen[-1])
-    kernel.launch(gate, up, "silu")
-    kernel.launch_backward(gate, gate, up, "silu")
+    got = kernel.launch(gate, up, "silu"), *kernel.launch_backward(up, gate, up, "silu")
     assert {t.untyped_storage().data_ptr() for t in seen} == {packed.untyped_storage().data_ptr()}
+    gate, up = gate.contiguous(), up.contiguous()
+    want = kernel.launch(gate, up, "silu"), *kernel.launch_backward(up, gate, up, "silu")
+    assert all(map(torch.equal, got, want))
 
 
 # -- the Triton kernels ----------------------------------------------------------------------------
