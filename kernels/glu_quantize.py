@@ -1,6 +1,6 @@
 """q, scale = glu_quantize(gate, up, activation, dtype) = quantize_rows(activation(gate) * up, dtype).
 
-Shapes     gate, up: [..., K], of one shape and dtype; activation: silu, gelu, gelu_tanh or relu; dtype:
+Shapes     gate, up: [..., K], of one shape and dtype; activation: as glu has them; dtype:
            torch.int8 or torch.float8_e4m3fn. Returns q: [..., K] in `dtype`, contiguous; scale: [..., 1] in
            float32, float64 where gate is.
 Numerics   the activation is computed in fp32 (fp64 for fp64) and rounded to gate.dtype, the product with up
@@ -16,24 +16,16 @@ Source     Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202; g
            Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxaccel.kernels import _operator, _quantized, _quantized_rows, _rows, quantize_rows
+from fxaccel.kernels._glu import ACTIVATIONS, _gated
 from fxaccel.kernels._norm import unless_double
 from fxaccel.kernels._quantized_rows import _bytes, _largest, _rounded, _scales
 from fxaccel.kernels._triton import tl, triton
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch._C._nn.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": torch.relu,
-}
 
 
 def reference(gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -49,25 +41,6 @@ def unsupported(gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype) -
         yield f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if dtype not in _quantized.TOP:
         yield f"codes of {dtype} are not one of {', '.join(map(str, _quantized.TOP))}"
-
-
-@triton.jit
-def _gated(gate_ptr, up_ptr, gate_at, up_at, mask, ACTIVATION: tl.constexpr):
-    """A tile of activation(gate) * up as the unfused operators would round it, in fp32; 0 outside."""
-    gate = tl.load(gate_ptr + gate_at, mask, other=0.0)
-    g = gate.to(tl.float32)
-    if ACTIVATION == "silu":
-        g = g / (1.0 + tl.exp(-g))
-    elif ACTIVATION == "gelu":
-        g = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(t)) / 2 is the sigmoid of 2 t
-        t = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-        g = g / (1.0 + tl.exp(-t))
-    else:
-        g = tl.where(g < 0.0, 0.0, g)  # a NaN stays
-    g = g.to(gate.dtype).to(tl.float32)
-    y = g * tl.load(up_ptr + up_at, mask, other=0.0).to(tl.float32)
-    return y.to(gate.dtype).to(tl.float32)
 
 
 @triton.jit

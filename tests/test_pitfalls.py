@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fxaccel
 from fxaccel.ir import Replacement, is_call
+from fxaccel.passes import MergeLinears
 from tests.helpers import Method as Function
 from tests.helpers import agree, in_pieces, notes, saved_bytes
-from tests.test_replaced_parameters import QKV, MergeLinears
+from tests.test_replaced_parameters import QKV
 
 F = nn.functional
 aten = torch.ops.aten
@@ -129,8 +130,8 @@ def test_training_with_dropout_draws_the_masks_of_the_model():
 class TiedMerge(MergeLinears):
     """Merges what it finds, tied or not."""
 
-    def covers(self, node):
-        return True
+    def refuse(self, program, linear):
+        return iter(())
 
 
 def test_tied_parameters_are_not_replaced_one_by_one():
@@ -140,7 +141,7 @@ def test_tied_parameters_are_not_replaced_one_by_one():
     )  # fmt: skip
     model.b.weight = model.e.weight
     x, ids = torch.randn(3, 8), torch.tensor([1, 2, 3])
-    fast = fxaccel.accelerate(model, passes=[TiedMerge])
+    fast = fxaccel.accelerate(model, passes=[TiedMerge(fold=True)])
     with pytest.warns(UserWarning, match="is one tensor with"):
         got = fast(x, ids)
     torch.testing.assert_close(got, model(x, ids))
@@ -159,7 +160,7 @@ class WrongMerge(MergeLinears):
 def test_wrongly_replaced_parameters_are_given_back():
     model, x = QKV().eval(), torch.randn(3, 8)
     names = [n for n, _ in model.named_parameters()]
-    fast = fxaccel.accelerate(model, passes=[WrongMerge])
+    fast = fxaccel.accelerate(model, passes=[WrongMerge(fold=True, even_if_slower=True)])
     with pytest.warns(UserWarning, match="dropped with all others"):
         torch.testing.assert_close(fast(x), model(x))
     assert [n for n, _ in fast.named_parameters()] == names

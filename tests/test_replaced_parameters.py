@@ -1,11 +1,7 @@
 """A pass that puts parameters in the place of others: state_dict, training, modes, copies, files."""
 
 import copy
-import functools
-import operator
 import pickle
-from collections import defaultdict
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,61 +9,14 @@ from torch import nn
 
 import fxaccel
 from fxaccel.effects import flowing
-from fxaccel.ir import Replacement, is_call
+from fxaccel.ir import is_call
+from fxaccel.passes import MergeLinears
 from tests.helpers import session, targets, train_step
 
 aten = torch.ops.aten
 
 
-def joined(*parts):
-    return (torch.cat(parts),)
-
-
-def parted(sizes, whole):
-    return tuple(whole.split(sizes))
-
-
-@dataclass(frozen=True)
-class Merges:
-    """Groups of linears over one input, by the names of their weights."""
-
-    groups: tuple[tuple[str, ...], ...]
-
-
-class MergeLinears(fxaccel.Pass):
-    """Linears without bias that read one value become one linear with their weights below each other."""
-
-    name = "merge-linears-for-test"
-
-    def plan(self, program):
-        readers = defaultdict(list)
-        for node in program.graph.nodes:
-            if is_call(node, aten.linear.default) and self.covers(node):
-                readers[node.args[0]].append(program.state[node.args[1].name].name)
-        return Merges(tuple(tuple(names) for names in readers.values() if len(names) > 1))
-
-    def apply(self, program, plan, driver):
-        for names in plan.groups:
-            weights = [program.state_node(n) for n in names]
-            vals = [w.meta["val"] for w in weights]
-            sizes = [v.shape[0] for v in vals]
-            with vals[0].fake_mode:
-                whole = torch.empty(sum(sizes), vals[0].shape[1], dtype=vals[0].dtype)
-            one = Replacement(
-                self.name, names, (names[0].replace(".", "_") + "_and_others",),
-                joined, functools.partial(parted, sizes),
-            )  # fmt: skip
-            (merged,) = program.replace_parameters(one, [whole])
-            linears = [next(iter(w.users)) for w in weights]
-            first = min(linears)
-            with program.graph.inserting_before(first):
-                product = driver.call(first, aten.linear.default, first.args[0], merged)
-                parts = driver.call(first, aten.split_with_sizes.default, product, sizes, -1)
-                for i, linear in enumerate(linears):
-                    part = driver.call(linear, operator.getitem, parts, i)
-                    driver.applied(linear, "merged")
-                    linear.replace_all_uses_with(part)
-                    program.graph.erase_node(linear)
+MERGE = MergeLinears(fold=True, even_if_slower=True)
 
 
 class QKV(nn.Module):
@@ -88,19 +37,16 @@ class QKV(nn.Module):
 def merged():
     model = QKV().eval()
     x = torch.randn(3, 8)
-    return model, fxaccel.accelerate(model, passes=[MergeLinears], example_inputs=(x,)), x
+    return model, fxaccel.accelerate(model, passes=[MERGE], example_inputs=(x,)), x
 
 
 def test_replaced_parameters_compute_the_same_with_one_linear_less(merged):
     model, fast, x = merged
     torch.testing.assert_close(fast(x), model(x))
     assert targets(session(fast).all[0].program).count("aten.linear.default") == 2
-    assert "q_weight_and_others" in dict(fast.named_parameters())
+    assert "q_k_v_weight" in dict(fast.named_parameters())
     assert "q.weight" not in dict(fast.named_parameters())
-    assert (
-        fast.report()["merge-linears-for-test"].plan
-        == "Merges(groups=(('q.weight', 'k.weight', 'v.weight'),))"
-    )
+    assert fast.report()["merge-linears"].plan == "8 + 4 + 4 outputs of %x; 0 linears stay"
 
 
 def test_the_state_dict_stays_that_of_the_original(merged):
@@ -131,8 +77,8 @@ def test_replaced_parameters_that_were_frozen_stay_frozen():
     model = QKV().eval()
     for linear in (model.q, model.k, model.v):
         linear.weight.requires_grad_(False)
-    fast = fxaccel.accelerate(model, passes=[MergeLinears], example_inputs=(torch.randn(3, 8),))
-    assert not dict(fast.named_parameters())["q_weight_and_others"].requires_grad
+    fast = fxaccel.accelerate(model, passes=[MERGE], example_inputs=(torch.randn(3, 8),))
+    assert not dict(fast.named_parameters())["q_k_v_weight"].requires_grad
     assert fast.out.weight.requires_grad
     program = session(fast).all[0].program
     assert {n.name for n in program.facts(flowing)} == {"p_out_weight", "p_out_bias", "linear_3"}
@@ -140,7 +86,7 @@ def test_replaced_parameters_that_were_frozen_stay_frozen():
 
 def test_gradients_flow_to_parameters_in_the_place_of_others(merged):
     program = session(merged[1]).all[0].program
-    assert program.state_node("q_weight_and_others") in program.facts(flowing)
+    assert program.state_node("q_k_v_weight") in program.facts(flowing)
     linears = [n for n in program.graph.nodes if is_call(n, aten.linear.default)]
     assert len(linears) == 2
     assert program.facts(flowing).issuperset(linears)
@@ -150,11 +96,11 @@ def test_a_second_mode_captured_later_uses_the_same_replaced_parameters(merged):
     model, fast, x = merged
     optimizer = torch.optim.SGD(fast.parameters(), lr=0.1)
     train_step(fast, optimizer, x)  # the merged weight is now ahead of the original's
-    before = dict(fast.named_parameters())["q_weight_and_others"]
+    before = dict(fast.named_parameters())["q_k_v_weight"]
     fast.train()
     torch.manual_seed(1)
     got = fast(x)
-    assert dict(fast.named_parameters())["q_weight_and_others"] is before
+    assert dict(fast.named_parameters())["q_k_v_weight"] is before
     model.load_state_dict(fast.state_dict())
     model.train()
     torch.manual_seed(1)

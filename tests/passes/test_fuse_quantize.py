@@ -139,6 +139,7 @@ GATES = [
     (lambda s, x, r: r * F.gelu(x, approximate="tanh"), "glu_quantize(%x, %r, 'gelu_tanh', i8)"),
     (lambda s, x, r: F.relu(x) * r, "glu_quantize(%x, %r, 'relu', i8)"),
     (lambda s, x, r: F.silu(x) * x, "glu_quantize(%x, %x, 'silu', i8)"),
+    (lambda s, x, r: torch.sigmoid(x) * r, "glu_quantize(%x, %r, 'sigmoid', i8)"),
 ]
 
 
@@ -190,6 +191,18 @@ def test_layer_norm_as_torch_has_it_and_as_ours(passes):
     (line,) = text(fast)
     assert line.endswith("fxaccel.norm_quantize(%x, None, %p_w, %p_b, 1e-05, True, 0.0, False, i8)")
     assert fast.report()["fuse-quantize"].applied[0].proof
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu, torch.sigmoid])
+@pytest.mark.parametrize("first", ["fuse-glu", "fuse-quantize"])
+def test_gates_that_fuse_glu_has_taken_are_rounded_too(first, activation):
+    passes = [first, "fuse-quantize" if first == "fuse-glu" else "fuse-glu"]
+    model = Site(lambda s, x, r: rounded(activation(x) * r)).eval()
+    before, after = accelerated(model, X, R, passes=[]), accelerated(model, X, R, passes=passes)
+    assert ["fxaccel.glu_quantize(" in line for line in text(after)] == [True]
+    assert len(after.report()["fuse-glu"].applied) == (first == "fuse-glu")
+    with torch.no_grad():
+        same(after(X, R), before(X, R))
 
 
 def test_rounded_before_the_weight():
@@ -256,6 +269,10 @@ DECLINED = [
         "the intermediate aten.layer_norm is also read by fxaccel.quantize_rows",
     ),
     (
+        twice(lambda s, x, r: torch.ops.fxaccel.glu(x, r, "silu")),
+        "the intermediate fxaccel.glu is also read by aten.add.Tensor",
+    ),
+    (
         plain(lambda s, x, r: F.rms_norm(x, [WIDTH], s.w, 1e-5)),
         "it is PyTorch's rms_norm, which rounds at other steps than ours; fuse-norm makes it ours",
     ),
@@ -268,6 +285,10 @@ DECLINED = [
         "the activation is multiplied by the number 1.5, not by a tensor",
     ),
     (plain(lambda s, x, r: F.silu(x) * r[0]), "the kernel does not broadcast"),
+    (
+        plain(lambda s, x, r: F.silu(x[:, :1]) * r),
+        "which are not known to be equal",
+    ),
     (plain(lambda s, x, r: F.silu(x) * r.double()), "dtypes differ: gate is torch.float32, up torch.float64"),
 ]
 
