@@ -255,12 +255,25 @@ class _Trial:
         return [self.assigned(names, _ODD), self.assigned(names, _EVEN)] if names else [{}]
 
     def assigned(self, names: list[str], wanted: tuple[int, ...]) -> dict[str, int]:
-        """Sizes from `wanted` where the guards allow, else others, else those of the example."""
+        """Sizes from `wanted` where the guards allow, else others, else those of the example.
+
+        Where the guards want more than that (batch * length of one input equals that of another), sizes of one
+        dimension that were equal in the example are chosen together.
+        """
         chosen: dict[str, int] = {}
-        for name in names:
-            hint = self.program.hints.get(name, 2)
-            candidates = [c for c in (*wanted, *_ODD, *_EVEN) if c not in chosen.values()] + [hint]
-            chosen[name] = next((c for c in candidates if self.allowed(chosen | {name: c})), hint)
+        for together in (False, True):
+            groups: dict[Any, list[str]] = {}
+            for name in names:
+                like = (self.program.sizes.get(name, (0, name))[1], self.program.hints.get(name, 2))
+                groups.setdefault(like if together else name, []).append(name)
+            chosen = {}
+            for group in groups.values():
+                hint = self.program.hints.get(group[0], 2)
+                candidates = [c for c in (*wanted, *_ODD, *_EVEN) if c not in chosen.values()] + [hint]
+                tried = (chosen | dict.fromkeys(group, c) for c in candidates)
+                chosen = next(filter(self.allowed, tried), chosen | dict.fromkeys(group, hint))
+            if self.allowed(chosen):
+                break
         return chosen
 
     def allowed(self, sizes: dict[str, int]) -> bool:
