@@ -132,8 +132,10 @@ def cut(n: int, row: int, device: str, budget: int) -> int:
     return max(1, -(-n // parts))
 
 
-def _checked(y: Tensor, v: int, ignored: int | None) -> Tensor | None:
+def _checked(x: Tensor, y: Tensor, v: int, ignored: int | None) -> Tensor | None:
     """Which labels count, None for all; raises where one that does is out of range."""
+    if len(x) != len(y):
+        raise ValueError(f"Expected input batch_size ({len(x)}) to match target batch_size ({len(y)}).")
     keep = None if ignored is None else y != ignored
     bad = (y < 0) | (y >= v)
     if keep is not None:
@@ -162,7 +164,7 @@ def compose_save(
     """The CPU kernel, and that of float64 on a GPU: the loss, the gradients times `count`, and that."""
     loss = Loss(reduction, ignore_index, label_smoothing, scale, softcap, z_loss)
     kind, gradient = rows.wide(x.dtype), x_grad or w_grad or b_grad
-    keep = _checked(y, w.shape[0], ignore_index)
+    keep = _checked(x, y, w.shape[0], ignore_index)
     count = _count(y, keep, loss, kind)
     taken = None  # the rows to compute
     if keep is not None and not z_loss:
@@ -197,7 +199,7 @@ def launch_save(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The same with the Triton kernel. No checks: the caller has asked `unsupported`."""
     loss = Loss(reduction, ignore_index, label_smoothing, scale, softcap, z_loss)
-    keep = _checked(y, w.shape[0], ignore_index)
+    keep = _checked(x, y, w.shape[0], ignore_index)
     count = _count(y, keep, loss, torch.float32)
     n, v = len(y), w.shape[0]
     c = _square_factor(loss, x, count)
@@ -233,10 +235,9 @@ def _square_factor(loss: Loss, x: Tensor, count: Tensor) -> Tensor | None:
 def _results(
     losses: Tensor, count: Tensor, dx: Tensor | None, sums: Sums, x: Tensor, wide: bool
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    none = x.new_empty(0)
     least = count.clamp(min=1)  # where no label counts, the loss is nan and its gradients are 0
     total = torch.where(count > 0, losses.sum() / least, math.nan).to(losses.dtype if wide else x.dtype)
-    return total, *(none if g is None else g for g in (dx, sums.w, sums.b)), least
+    return total, *(x.new_empty(0) if g is None else g for g in (dx, sums.w, sums.b)), least
 
 
 def _save_fake(
@@ -322,10 +323,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(made: Tensor, by: Tensor, like: Tensor) -> Tensor:
     """made * by in the dtype of `like`, rounded once."""
-    if made.dtype == by.dtype == like.dtype:
-        return made * by
-    out = torch.empty_like(made, dtype=like.dtype)
-    return torch.mul(made.to(by.dtype), by, out=out) if made.dtype == like.dtype else out.copy_(made * by)
+    return torch.mul(made.to(by.dtype), by, out=torch.empty_like(made, dtype=like.dtype))
 
 
 def _flops(x: Any, w: Any, *args: Any, **kwargs: Any) -> int:
