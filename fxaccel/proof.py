@@ -257,8 +257,8 @@ class _Trial:
     def assigned(self, names: list[str], wanted: tuple[int, ...]) -> dict[str, int]:
         """Sizes from `wanted` where the guards allow, else others, else those of the example.
 
-        Where the guards want more than that (batch * length of one input equals that of another), sizes of one
-        dimension that were equal in the example are chosen together.
+        Where the guards want more than that (batch * length of one input equals that of another), sizes of
+        one dimension that were equal in the example are chosen together.
         """
         chosen: dict[str, int] = {}
         for together in (False, True):

@@ -1,7 +1,7 @@
-"""Rows of logits become their losses, and in place the gradient of these: what a chunk of rows goes through.
+"""Rows of logits become their losses, and in place the gradient of these.
 
-u is a chunk of logits [R, V], divided by the softcap where there is one. With z = u, or cap * tanh(u) where it
-is capped, p = softmax(z) and y a row's label:
+u is a chunk of logits [R, V], divided by the softcap where there is one. With z = u, or cap * tanh(u) where
+it is capped, p = softmax(z) and y a row's label:
 
     loss = keep * (-(1 - a) * log p[y] - a * mean(log p)) + c * logsumexp(z)**2         a: label smoothing
     dz   = keep * (p - (1 - a) * onehot(y) - a / V) + 2 * c * logsumexp(z) * p
@@ -9,8 +9,8 @@ is capped, p = softmax(z) and y a row's label:
 
 Numerics   fp32 (fp64 for fp64) from the rounded u on; the gradient is rounded once. On the CPU exactly what
            torch's log_softmax gives; on a GPU tanh(u) is 1 - 2 / (exp(2 u) + 1), good to 1 eps of 1.
-Cost       a GPU reads u twice, the second time from L2 where rows are short, and writes it once. On the CPU
-           three passes over the chunk forward, one more each for the gradient, smoothing and c.
+Cost       a GPU reads u twice, the second time from L2 where rows are short, and writes it once. The CPU
+           takes a few rows at a time through all steps, in its cache: PIECE bytes, twice that with a softcap.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from torch import Tensor
 from fxaccel.kernels._triton import next_power_of_2, tl, triton
 
 BLOCK = 8192  # columns that a program holds at once
+PIECE = 2 * 2**20  # bytes of logits that the CPU takes through all steps at once
 Rows = Callable[..., Tensor]
 
 
@@ -29,25 +30,31 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def bytes_per_logit(dtype: torch.dtype, softcap: float) -> int:
-    """What `compose` and its caller hold for each logit of a chunk."""
-    own = wide(dtype).itemsize
-    return own * (2 if softcap else 1) + (0 if dtype == wide(dtype) else dtype.itemsize)
-
-
 def compose(
     u: Tensor, y: Tensor, keep: Tensor | None, softcap: float, smoothing: float, c: Tensor | None,
     gradient: bool,
 ) -> Tensor:  # fmt: skip
     """The CPU's kernel; y are labels, those of rows that are not kept any column; keep None keeps all."""
+    loss = u.new_empty(len(u), dtype=wide(u.dtype))
+    step = max(1, PIECE // (u.shape[1] * loss.itemsize))  # rows that stay in cache from pass to pass
+    for at in range(0, len(u), step):
+        part = slice(at, at + step)
+        k = None if keep is None else keep[part]
+        loss[part] = _piece(u[part], y[part].unsqueeze(1), k, softcap, smoothing, c, gradient)
+    return loss
+
+
+def _piece(
+    u: Tensor, y: Tensor, keep: Tensor | None, softcap: float, smoothing: float, c: Tensor | None,
+    gradient: bool,
+) -> Tensor:  # fmt: skip
     f = u if u.dtype == wide(u.dtype) else u.to(wide(u.dtype))
-    z, v = f, u.shape[1]
+    z = f
     if softcap:
         f = f.tanh_()
         z = f * softcap if gradient else f.mul_(softcap)
     top = None if c is None else z.amax(1)
     torch.log_softmax(z, 1, out=z)  # in place: the last thing it does with an element is to write it
-    y = y.unsqueeze(1)
     loss = z.gather(1, y).squeeze(1).neg_()
     if smoothing:
         loss.mul_(1 - smoothing).sub_(z.mean(1), alpha=smoothing)
@@ -66,7 +73,7 @@ def compose(
 
 
 def _differentiate(z: Tensor, y: Tensor, keep: Tensor | None, smoothing: float, more: Tensor | None) -> None:
-    """log p becomes dz; `more` is what p has besides 1 for a row that is kept."""
+    """log p becomes dz; `more` is what p is multiplied by besides 1 for a row that is kept."""
     z.exp_()
     ones = z.new_ones(1, 1) if keep is None else keep.to(z.dtype).unsqueeze(1)
     if more is not None:
@@ -91,6 +98,25 @@ def _logits(row_ptr, start, V, softcap, BLOCK: tl.constexpr, CAPPED: tl.constexp
 
 
 @triton.jit
+def _sums(row_ptr, y, V, softcap, CAPPED: tl.constexpr, SMOOTHS: tl.constexpr, BLOCK: tl.constexpr):
+    """The maximum of z, the logarithm of the sum of exp(z - maximum), z[y], and where asked the sum of z."""
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    sum_z = tl.full((), 0.0, tl.float32)
+    picked = tl.full((), 0.0, tl.float32)
+    for start in range(0, V, BLOCK):
+        z, _, col = _logits(row_ptr, start, V, softcap, BLOCK, CAPPED)
+        new = tl.maximum(top, tl.max(z, 0))
+        at = tl.where(new == float("-inf"), 0.0, new)  # of columns that are all masked, no NaN
+        total = total * tl.exp(top - at) + tl.sum(tl.exp(z - at), 0)
+        top = new
+        picked += tl.sum(tl.where(col == y, z, 0.0), 0)
+        if SMOOTHS:
+            sum_z += tl.sum(tl.where(col < V, z, 0.0), 0)
+    return top, tl.log(total), picked, sum_z
+
+
+@triton.jit
 def rows_kernel(
     u_ptr, y_ptr, c_ptr, loss_ptr, V, stride, ignored, softcap, smoothing,
     IGNORES: tl.constexpr, CAPPED: tl.constexpr, SMOOTHS: tl.constexpr, SQUARES: tl.constexpr,
@@ -104,20 +130,7 @@ def rows_kernel(
     if IGNORES:
         keep = tl.where(y == ignored, 0.0, 1.0)
         y = tl.where(y == ignored, -1, y)
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    sum_z = tl.full((), 0.0, tl.float32)
-    picked = tl.full((), 0.0, tl.float32)
-    for start in range(0, V, BLOCK):
-        z, t, col = _logits(row_ptr, start, V, softcap, BLOCK, CAPPED)
-        new = tl.maximum(top, tl.max(z, 0))
-        at = tl.where(new == float("-inf"), 0.0, new)  # of columns that are all masked, no NaN
-        total = total * tl.exp(top - at) + tl.sum(tl.exp(z - at), 0)
-        top = new
-        picked += tl.sum(tl.where(col == y, z, 0.0), 0)
-        if SMOOTHS:
-            sum_z += tl.sum(tl.where(col < V, z, 0.0), 0)
-    rest = tl.log(total)
+    top, rest, picked, sum_z = _sums(row_ptr, y, V, softcap, CAPPED, SMOOTHS, BLOCK)
     loss = (top - picked) + rest
     if SMOOTHS:
         loss = loss * (1.0 - smoothing) + smoothing * ((top - sum_z / V) + rest)

@@ -18,8 +18,8 @@ Cost       2 N V D flop forward; where gradients are wanted also 2 N V D for x a
            and 256 MiB on a GPU, or what LEAST rows take.
 Limits     a label that is out of range raises, as in torch: on a GPU by an assertion on the device. No class
            weights, no probabilities as labels. No second derivative: asking for it raises.
-Source     Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009; Hsu et
-           al. 2024, "Liger Kernel", arXiv:2410.10989, for the gradients that are made forward.
+Source     Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009;
+           Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, for the gradients that are made forward.
 """
 
 import math
@@ -110,19 +110,38 @@ class Sums:
 
     def __init__(self, w: Tensor, weight: bool, bias: bool) -> None:
         kind = rows.wide(w.dtype)
-        self.w = torch.zeros_like(w, dtype=kind, memory_format=torch.contiguous_format) if weight else None
+        self.w = torch.empty_like(w, dtype=kind, memory_format=torch.contiguous_format) if weight else None
         self.b = w.new_zeros(w.shape[0], dtype=kind) if bias else None
+        self.beta = 0  # what is there counts from the second chunk on
 
     def add(self, g: Tensor, x: Tensor, scale: float) -> None:
         """A chunk's: g is the gradient by its logits."""
-        by: Any = scale
         if self.w is not None:
-            if self.w.dtype == x.dtype:
-                self.w.addmm_(g.t(), x, alpha=by)
-            else:
-                self.w.add_(torch.mm(g.t(), x), alpha=by)
+            self.product(g.t(), x, self.w, scale)
         if self.b is not None:
+            by: Any = scale
             self.b.add_(g.sum(0, dtype=self.b.dtype), alpha=by)
+        self.beta = 1
+
+    def product(self, g: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
+        """out * beta + g @ x: in fp32 where the device has such a product of halves."""
+        by: Any = scale
+        widens = x.device.type == "cuda" and not torch.version.hip
+        if x.dtype == torch.float16 and not widens:
+            g, x = g.to(out.dtype), x.to(out.dtype)  # a sum over rows can be past the range of float16
+        if x.dtype == out.dtype:
+            torch.addmm(out, g, x, beta=self.beta, alpha=by, out=out)
+        elif widens:
+            torch.addmm(out, g, x, beta=self.beta, alpha=by, out_dtype=out.dtype, out=out)
+        elif self.beta:
+            out.add_(torch.mm(g, x), alpha=by)
+        else:
+            torch.mul(torch.mm(g, x), by, out=out)
+
+    def done(self) -> None:
+        """Nothing more comes."""
+        if self.w is not None and not self.beta:
+            self.w.zero_()
 
 
 def cut(n: int, row: int, device: str, budget: int) -> int:
@@ -161,7 +180,7 @@ def compose_save(
     label_smoothing: float, scale: float, softcap: float, z_loss: float, wide: bool, budget: int,
     x_grad: bool, w_grad: bool, b_grad: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The CPU kernel, and that of float64 on a GPU: the loss, the gradients times `count`, and that."""
+    """The CPU kernel, and that of float64 on a GPU: the loss, the gradients times a divisor, and that."""
     loss = Loss(reduction, ignore_index, label_smoothing, scale, softcap, z_loss)
     kind, gradient = rows.wide(x.dtype), x_grad or w_grad or b_grad
     keep = _checked(x, y, w.shape[0], ignore_index)
@@ -174,10 +193,12 @@ def compose_save(
         y = y.masked_fill(~keep, 0)
     n, v = len(y), w.shape[0]
     c = _square_factor(loss, x, count)
-    step = cut(n, v * rows.bytes_per_logit(x.dtype, softcap), x.device.type, budget)
+    step = cut(n, v * x.itemsize, x.device.type, budget)
     buffer, losses = x.new_empty(min(step, n), v), x.new_empty(n, dtype=kind)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if x_grad else None
-    sums = Sums(w, w_grad, b_grad)
+    sums, divisor = Sums(w, w_grad, b_grad), count.clamp(min=1)  # no label, no gradient
+    if x.device.type == "cpu" and x.dtype == kind:  # a half's would lose what is small
+        scale, divisor = scale / float(divisor), torch.ones_like(divisor)
     for at in range(0, n, step):
         part = slice(at, at + step)
         own = x[part] if taken is None else x[taken[part]]
@@ -189,7 +210,7 @@ def compose_save(
             _times(u, w, scale, dx[part])
         elif dx is not None and taken is not None:
             dx.index_copy_(0, taken[part], _times(u, w, scale, torch.empty_like(own)))
-    return _results(losses, count, dx, sums, x, wide)
+    return _results(losses, count, divisor, dx, sums, x, wide)
 
 
 def launch_save(
@@ -216,7 +237,7 @@ def launch_save(
         sums.add(u, x[part], scale)
         if dx is not None:
             _times(u, w, scale, dx[part])
-    return _results(losses, count, dx, sums, x, wide)
+    return _results(losses, count, count.clamp(min=1), dx, sums, x, wide)
 
 
 def _times(g: Tensor, w: Tensor, scale: float, out: Tensor) -> Tensor:
@@ -233,11 +254,12 @@ def _square_factor(loss: Loss, x: Tensor, count: Tensor) -> Tensor | None:
 
 
 def _results(
-    losses: Tensor, count: Tensor, dx: Tensor | None, sums: Sums, x: Tensor, wide: bool
-) -> tuple[Tensor, ...]:  # fmt: skip
-    least = count.clamp(min=1)  # where no label counts, the loss is nan and its gradients are 0
-    total = torch.where(count > 0, losses.sum() / least, math.nan).to(losses.dtype if wide else x.dtype)
-    return total, *(x.new_empty(0) if g is None else g for g in (dx, sums.w, sums.b)), least
+    losses: Tensor, count: Tensor, divisor: Tensor, dx: Tensor | None, sums: Sums, x: Tensor, wide: bool
+) -> tuple[Tensor, ...]:
+    sums.done()
+    total = torch.where(count > 0, losses.sum() / count.clamp(min=1), math.nan)
+    grads = (x.new_empty(0) if g is None else g for g in (dx, sums.w, sums.b))
+    return total.to(losses.dtype if wide else x.dtype), *grads, divisor
 
 
 def _save_fake(
@@ -294,7 +316,7 @@ op = _operator.define(
 save_op = _operator.define(
     "linear_cross_entropy_save(Tensor x, Tensor w, Tensor? b, Tensor y, str reduction, int? ignore_index,"
     " float label_smoothing, float scale, float softcap, float z_loss, bool wide, int budget, bool x_grad,"
-    " bool w_grad, bool b_grad) -> (Tensor loss, Tensor dx, Tensor dw, Tensor db, Tensor count)",
+    " bool w_grad, bool b_grad) -> (Tensor loss, Tensor dx, Tensor dw, Tensor db, Tensor divisor)",
     cpu=compose_save,
     cuda=unless_double(launch_save, compose_save),
     fake=_save_fake,
@@ -307,27 +329,29 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, y, *options):
         """The loss, and the gradients that are wanted."""
-        loss, *grads, count = save_op(x, w, b, y, *options, *ctx.needs_input_grad[:3])
-        ctx.save_for_backward(x, w, b, *grads, count)  # x, w, b: what a second derivative would be of
+        loss, *grads, divisor = save_op(x, w, b, y, *options, *ctx.needs_input_grad[:3])
+        ctx.save_for_backward(x, w, b, *grads, divisor)  # x, w, b: what a second derivative would be of
         return loss
 
     @staticmethod
     @_operator.once_differentiable
     def backward(ctx, g):
         """Gradients of x, w and b."""
-        x, w, b, *grads, count = ctx.saved_tensors
-        by = g.to(count.dtype) / count
+        x, w, b, *grads, divisor = ctx.saved_tensors
+        by = g.to(divisor.dtype) / divisor
         wanted = zip((x, w, b), grads, ctx.needs_input_grad, strict=False)
         return *(_scaled(made, by, t) if asked else None for t, made, asked in wanted), *[None] * 9
 
 
 def _scaled(made: Tensor, by: Tensor, like: Tensor) -> Tensor:
-    """made * by in the dtype of `like`, rounded once."""
+    """made * by in the dtype of `like`, rounded once; itself where that is the same."""
+    if made.dtype == like.dtype and type(by) is Tensor and by.device.type == "cpu" and float(by) == 1:
+        return made
     return torch.mul(made.to(by.dtype), by, out=torch.empty_like(made, dtype=like.dtype))
 
 
 def _flops(x: Any, w: Any, *args: Any, **kwargs: Any) -> int:
-    """A product forward, and one for x and w each where their gradients are made: the last three of `args`."""
+    """A product forward, and one for x and w each where their gradients are made."""
     wanted = [kwargs[n] for n in ("x_grad", "w_grad") if n in kwargs] or args[10:12]
     return 2 * x[0] * x[1] * w[0] * (1 + sum(map(bool, wanted)))
 

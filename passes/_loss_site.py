@@ -1,7 +1,7 @@
 """Finds the cross entropy of a linear's results in a graph, and what stands between the two.
 
-From the loss down: shapes that keep the vocabulary where it is, slices of rows, a log_softmax where the loss is
-the negative log likelihood, a cast to float32, a scale, a softcap; then the linear.
+From the loss down: shapes that keep the vocabulary where it is, slices of rows, a log_softmax where the loss
+is the negative log likelihood, a cast to float32, a scale, a softcap; then the linear.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Logits:
             self.likely = node
             return below if a["dim"] == self.axis else None
         if node.target is aten.to.dtype:
-            kept = node.meta["val"].dtype in (torch.float32, below.meta["val"].dtype)
-            return below if kept else None
+            half = below.meta["val"].dtype in (torch.bfloat16, torch.float16)
+            return below if half and node.meta["val"].dtype is torch.float32 else None
         if node.target is aten.tanh.default:
             self.arithmetic.append(None)
             return below
@@ -166,7 +166,7 @@ def find(program: Program, root: fx.Node) -> Match | Miss:
         return Miss()
     linear = site.logits.linear
     if linear is not None:
-        site.why += list(_readers(site))
+        site.why += _readers(site)
     nodes = site.nodes if linear is not None and not site.why else {root}
     return Match(
         program, root, {"site": site}, {n: n for n in nodes}, frozenset(), (root,), frozenset(site.also)
@@ -189,12 +189,8 @@ def _called(root: fx.Node) -> Site:
     logits = Logits.under(scores, 1 if rank > 1 else 0)
     site = Site(logits, labels, _REDUCTIONS[int(a["reduction"])], int(a["ignore_index"]))
     site.smoothing, site.core = float(a.get("label_smoothing", 0.0)), [root]
-    if labels.meta["val"].dim() == rank:
-        site.why.append("the targets are probabilities, not labels")
     if a["weight"] is not None:
         site.why.append("the classes have weights")
-    if site.reduction == "none":
-        site.why.append("a loss is asked for of each row (reduction 'none')\nhint: let it be a mean or a sum")
     if rank < 2:
         site.why.append("there is one row of logits")
     named = root.target is aten.nll_loss_nd.default
@@ -302,15 +298,13 @@ def _squares(node: Any) -> tuple[float, str, fx.Node, list[fx.Node]] | None:
 
 def _readers(site: Site) -> list[str]:
     """Who reads the logits besides the loss."""
-    inside, linear = site.nodes, site.logits.linear
+    inside = site.nodes
     for node in site.logits.core[::-1]:
         reader = next((u for u in node.users if u not in inside), None)
         if reader is not None:
             at = f" at {source(reader)}" if source(reader) else ""
-            by = "are a result of the model too" if reader.op == "output" else (
-                f"are also read by {target_name(reader.target)}{at}"
-            )  # fmt: skip
-            return [f"the logits of %{linear} {by}, so they are made whole\nhint: let it return the loss alone"]
+            by = "a result" if reader.op == "output" else f"read by {target_name(reader.target)}{at}"
+            return [f"the logits are also {by}, so they are made whole; hint: return the loss alone"]
     return []
 
 

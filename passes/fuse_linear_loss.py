@@ -5,14 +5,15 @@
 
 Fires on   a cross entropy of class labels over the results of a linear that nothing else reads: called as one
            operator, as nll_loss of log_softmax, or written out with logsumexp or log_softmax and gather; as
-           mean or sum; with label smoothing, an ignored label, a z-loss added to it; over logits that are cast
-           to float32, scaled, or capped (cap * tanh(logits / cap)); whose rows are sliced: then x's are.
+           mean or sum; with label smoothing, an ignored label, a z-loss added to it; over logits that are
+           cast to float32, scaled or capped (cap * tanh(logits / cap)); where their rows are sliced, x's are.
 Saves      the logits, their log_softmax and the gradients of both: 3 to 4 of [N, V] at the peak of a step, of
            which a chunk of `budget` remains. On the CPU the products of rows whose label is ignored.
 Exact      agrees with the original within its own rounding.
 Source     Wijmans et al. 2024, arXiv:2411.09009; Hsu et al. 2024, arXiv:2410.10989.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from torch import fx
 
 from fxaccel.canonical.values import under_autocast
 from fxaccel.errors import OptionError
-from fxaccel.ir import arguments
+from fxaccel.ir import arguments, number
 from fxaccel.kernels import linear_cross_entropy as kernel
-from fxaccel.passes._loss_site import ROOTS, Site, find, said
+from fxaccel.passes._loss_site import ROOTS, Site, find
 from fxaccel.passes.checkpoint import read
+from fxaccel.passes.checkpoint import said as text
 from fxaccel.rule import Finder, Match, Ops, Refusals, Rule, register
 
 aten = torch.ops.aten
@@ -34,16 +36,21 @@ class FuseLinearLoss(Rule):
     """The last linear and its cross entropy become one operator, which holds a chunk of the logits at a time.
 
     budget   "64MiB": bytes of a chunk; chosen by device and sizes where not said
+    least    bytes of logits, at the sizes of the example, below which it is not worth its calls
     """
 
     name = "fuse-linear-loss"
     step = "raise"
+    default = True
 
     budget: str | None = None
+    least: str = "4MiB"
 
     def __post_init__(self) -> None:
-        if self.budget is not None and not read(self.budget)[1]:
-            raise OptionError(f"budget is {self.budget!r}, expected bytes", 'as budget="64MiB"')
+        for name in ("budget", "least"):
+            given = getattr(self, name)
+            if given is not None and not read(given)[1]:
+                raise OptionError(f"{name} is {given!r}, expected bytes", f'as {name}="64MiB"')
 
     def traced(self):
         return Finder(ROOTS, find)
@@ -51,13 +58,17 @@ class FuseLinearLoss(Rule):
     def refuse(self, m: Match) -> Refusals:
         site = m.site
         yield from site.why
-        if site.logits.linear is None:
+        linear = site.logits.linear
+        if linear is None:
             yield site.logits.why
             return
-        made, linear = m.root.meta["val"].dtype, site.logits.linear.meta["val"].dtype
-        if made not in (linear, torch.float32):
-            yield f"the loss is {made}, the logits are {linear}"
-        yield from unsupported(site)
+        size = nbytes(m, linear)
+        if size < read(self.least)[0]:
+            yield f"all logits are {text(size)}; it is worth its calls from {self.least} on"
+        if site.labels.meta["val"].dtype.is_floating_point:
+            yield "the targets are probabilities, not labels"
+        else:
+            yield from unsupported(site)
 
     def rewrite(self, op: Ops, m: Match):
         site = m.site
@@ -76,9 +87,15 @@ class FuseLinearLoss(Rule):
 
     def remark(self, m: Match) -> str:
         site = m.site
-        words = [f"{said(site.logits.linear)} of {m.site.logits.linear.meta['val'].shape[-1]}"]
         more = ("softcap", site.logits.softcap), ("smoothed", site.smoothing), ("z-loss", site.z_loss)
-        return ", ".join([*words[1:], site.reduction, *(word for word, there in more if there)])
+        return ", ".join([site.reduction, *(word for word, there in more if there)])
+
+
+def nbytes(m: Match, linear: fx.Node) -> int:
+    """Of all logits that the loss reads, at the sizes of the example."""
+    *_, classes = linear.meta["val"].shape
+    rows = math.prod(number(s, m.program.hints) for s in m.site.labels.meta["val"].shape)
+    return rows * int(classes) * linear.meta["val"].itemsize
 
 
 def rows(op: Ops, x: fx.Node, site: Site) -> fx.Node:

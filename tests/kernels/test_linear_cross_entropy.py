@@ -52,7 +52,7 @@ def results(f, args, rest, seed=1.7):
 def terms(args, rest, seed=1.7):
     """Sums of the absolute values of what the loss and the gradients of x, w and b are sums of.
 
-    The exponential of log p has its error times log p, and the gradient of a logit is p less what it should be.
+    The exponential of log p has its error times log p; the gradient of a logit is p less what it should be.
     """
     x, w, b, y = (t.double() if t is not None and t.is_floating_point() else t for t in args)
     reduction, ignored, smoothing, scale, softcap, z_loss, _ = rest
@@ -96,8 +96,8 @@ def test_cpu_kernel_of_other_sizes(n, v, near):
 def launched(args, rest, budget, seed=1.7):
     """What the Triton kernel gives, scaled as backward does."""
     biased = args[2] is not None
-    loss, dx, dw, db, count = kernel.launch_save(*args, *rest, budget, True, True, biased)
-    by = torch.tensor(seed, device=count.device) / count
+    loss, dx, dw, db, divisor = kernel.launch_save(*args, *rest, budget, True, True, biased)
+    by = torch.tensor(seed, device=divisor.device) / divisor
     made = [kernel._scaled(g, by, args[0]) for g in (dx, dw, db)]
     return [loss, *made[: 2 + biased]]
 
@@ -340,7 +340,9 @@ def test_exported_whole_with_symbolic_sizes():
 
     x, w, _, y = tensors()
     auto = torch.export.Dim.AUTO
-    program = torch.export.export(Model(), (x, w, y), dynamic_shapes={"x": {0: auto}, "w": None, "y": {0: auto}})
+    program = torch.export.export(
+        Model(), (x, w, y), dynamic_shapes={"x": {0: auto}, "w": None, "y": {0: auto}}
+    )
     assert kernel.op in [n.target for n in program.graph.nodes]
     vals = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
     guards = len(vals[0].shape[0].node.shape_env.guards)
