@@ -33,12 +33,13 @@ from torch import Tensor, fx, nn
 from fxaccel.effects import learned
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import Unsteady, dropped, run_nodes, widen
-from fxaccel.ir import Program, SizeSpec, expr, is_tensor, number, structure
+from fxaccel.ir import Program, SizeSpec, TensorSpec, expr, is_tensor, number, structure
 from fxaccel.pattern import Ops
 from fxaccel.tolerance import DRAWS, algebra_differs, same_kind, share_of_tolerance
 
 _ODD = (3, 5, 7, 11, 13, 17, 9, 15, 19, 23, 33)
 _EVEN = (4, 8, 2, 16, 6, 10, 32, 64, 128)
+STAND_IN = 509  # for a size that a rule says could be any
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,24 @@ class Fragment:
     def drops(self) -> list[float]:
         """The probabilities with which its calls drop values at random."""
         return sorted(p for n in self.graph.nodes if n.op == "call_function" and (p := dropped(n)))
+
+    def resized(self, size: int, to: int) -> Fragment:
+        """The same with another fixed size, in shapes of inputs and in lists of sizes."""
+        graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.graph.nodes:
+            new = env[node] = graph.node_copy(node, env.__getitem__)
+            new.meta = dict(node.meta)
+            if node.op == "placeholder" and is_tensor(node.meta["val"]):
+                val = node.meta["val"]
+                shape = tuple(to if s == size else s for s in map(expr, val.shape))
+                stride = tuple(s / size * to if s % size == 0 else s for s in map(expr, val.stride()))
+                new.meta["val"] = TensorSpec(val.dtype, shape, stride, val.device)
+            elif node.op == "call_function":
+                new.args = tuple(
+                    [to if a == size else a for a in arg] if isinstance(arg, (list, tuple)) else arg
+                    for arg in new.args
+                )
+        return Fragment(graph, self.root)
 
     def text(self) -> str:
         """What the fragment computes on what kind of inputs, without names."""
@@ -100,12 +119,20 @@ class Proof:
 
 @dataclass(frozen=True)
 class Claim:
-    """That two fragments of a program compute the same, to a numerics class."""
+    """That two fragments compute the same, to a numerics class; `note` says at which fixed size."""
 
     rule: str
     before: Fragment
     after: Fragment
     numerics: str
+    note: str = ""
+
+    def smaller(self, size: int | None) -> Claim:
+        """The same of a smaller size in the place of a large one, None for none that could be any other."""
+        if size is None or size <= STAND_IN:
+            return self
+        before, after = (part.resized(size, STAND_IN) for part in (self.before, self.after))
+        return Claim(self.rule, before, after, self.numerics, f", {STAND_IN} for {size}")
 
 
 @dataclass
@@ -215,6 +242,7 @@ class _Trial:
     def __init__(self, program: Program, name: str, claim: Claim) -> None:
         self.program, self.name, self.rule = program, name, claim.rule
         self.before, self.after, self.numerics = claim.before, claim.after, claim.numerics
+        self.note = claim.note
         regions = self.before.outputs[0].meta.get("regions", ())
         grad = [r.args[0] for r in regions if r.kind == "grad"]
         self.backward = grad[-1] if grad else program.grad
@@ -233,7 +261,7 @@ class _Trial:
                     generator = torch.Generator().manual_seed(seed + i)
                     values = [_value(n, sizes, generator, permuted) for n in self.before.inputs]
                     why = self.compare(
-                        values, f"sizes {_text(sizes)}{', permuted strides' if permuted else ''}"
+                        values, f"sizes {_text(sizes)}{self.note}{', permuted strides' if permuted else ''}"
                     )
                     if why is None:
                         continue

@@ -21,7 +21,7 @@ from torch import fx
 
 from fxaccel.canonical.values import under_autocast
 from fxaccel.errors import OptionError
-from fxaccel.ir import arguments, number
+from fxaccel.ir import arguments, expr, number
 from fxaccel.kernels import linear_cross_entropy as kernel
 from fxaccel.passes._loss_site import ROOTS, Site, find
 from fxaccel.passes.checkpoint import read
@@ -84,6 +84,13 @@ class FuseLinearLoss(Rule):
             x, w, b, labels, site.reduction, site.ignored, site.smoothing, logits.scale, logits.softcap,
             site.z_loss, wide, budget,
         )  # fmt: skip
+
+    def any_size(self, m: Match) -> int | None:
+        """The classes, where nothing else is as many."""
+        x, w, _ = arguments(m.site.logits.linear).values()
+        classes = int(w.meta["val"].shape[0])
+        others = [*x.meta["val"].shape, *m.site.labels.meta["val"].shape]
+        return None if classes in map(expr, others) else classes
 
     def remark(self, m: Match) -> str:
         site = m.site
