@@ -210,9 +210,9 @@ def _gathered(root: fx.Node) -> Site | None:
     reduction, rows = "mean" if node.target is aten.mean.dim else "sum", node.args[0]
     if not is_call(rows) or list(arguments(node)["dim"]) != list(range(rows.meta["val"].dim())):
         return None
-    if is_call(rows, aten.neg.default) and not negated:
-        core.append(rows)
-        negated, rows = True, rows.args[0]
+    inner = rows.args[0] if is_call(rows, aten.squeeze.dims) else rows
+    if is_call(inner, aten.neg.default) and not negated:
+        return _picked(rows, reduction, core, negated=True)
     if negated:
         return _picked(rows, reduction, core)
     if not is_call(rows, aten.sub.Tensor) or rows.args[0].meta["val"].dim() != rows.meta["val"].dim():
@@ -235,10 +235,13 @@ def _over_last(total: fx.Node) -> bool:
     return list(arguments(total)["dim"]) == [total.args[0].meta["val"].dim() - 1]
 
 
-def _picked(node: Any, reduction: str, core: list[fx.Node]) -> Site | None:
-    """logits[label], or log_softmax(logits)[label], by gather."""
+def _picked(node: Any, reduction: str, core: list[fx.Node], negated: bool = False) -> Site | None:
+    """logits[label], or log_softmax(logits)[label], by gather; where `negated`, with a minus on the way."""
     core = list(core)
     if is_call(node, aten.squeeze.dims) and list(node.args[1]) == [node.args[0].meta["val"].dim() - 1]:
+        core.append(node)
+        node = node.args[0]
+    if negated:
         core.append(node)
         node = node.args[0]
     if not is_call(node, aten.gather.default):
