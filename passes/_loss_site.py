@@ -88,10 +88,9 @@ class Logits:
         if node.target is aten.tanh.default:
             self.arithmetic.append(None)
             return below
-        if node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)):
-            self.arithmetic.append(float(node.args[1]))
-            return below
-        return None
+        factor = _factor(node)
+        self.arithmetic += [] if factor is None else [factor]
+        return None if factor is None else below
 
     def reshaped(self, node: fx.Node, a: dict[str, Any], below: fx.Node) -> bool:
         """Whether a change of shape leaves the vocabulary alone, which is last; then it is noted."""
@@ -123,6 +122,14 @@ class Logits:
         return (self.linear, self.scale, self.softcap, *cuts) == (
             other.linear, other.scale, other.softcap, cuts[0], cuts[0],
         )  # fmt: skip
+
+
+def _factor(node: fx.Node) -> float | None:
+    """What a node multiplies by, if it is a number."""
+    number = node.args[1] if is_call(node, aten.mul.Tensor, aten.div.Tensor) else None
+    if not isinstance(number, (int, float)):
+        return None
+    return float(number) if node.target is aten.mul.Tensor else 1 / number
 
 
 def _product(factors: list[Any]) -> float:
@@ -282,8 +289,9 @@ def _squares(node: Any) -> tuple[float, str, fx.Node, list[fx.Node]] | None:
     """number * mean(logsumexp ** 2): the number, "mean" or "sum", the logsumexp, and the nodes on the way."""
     number, reduction, core = 1.0, "", list[fx.Node]()
     while is_call(node):
-        if node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)):
-            number *= node.args[1]
+        factor = _factor(node)
+        if factor is not None:
+            number *= factor
         elif node.target in (aten.mean.dim, aten.sum.dim_IntList) and not reduction:
             reduction = "mean" if node.target is aten.mean.dim else "sum"
             if list(arguments(node)["dim"]) != list(range(node.args[0].meta["val"].dim())):

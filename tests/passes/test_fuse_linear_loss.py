@@ -143,6 +143,10 @@ SPELLINGS = {
     "scaled softcap": (
         lambda m, x, y: loss_of(torch.tanh(m.head(x) * 0.5) * 4.0, y), ", 'mean', -100, 0.0, 2.0, 4.0)",
     ),
+    "softcap of rows": (
+        lambda m, x, y: loss_of(30 * torch.tanh(m.head(x)[:, :-1] / 30), y[:, 1:]),
+        ", 'mean', -100, 0.0, 1.0, 30.0)",
+    ),
     "scaled": (lambda m, x, y: loss_of(m.head(x) / 4, y), ", 'mean', -100, 0.0, 0.25)"),
 }  # fmt: skip
 
