@@ -226,6 +226,17 @@ def test_backward_can_run_twice():
         torch.testing.assert_close(2 * a, b, rtol=0, atol=0)
 
 
+def test_gradients_of_one_backward_are_not_those_that_the_next_reads():
+    """The gradient of a loss is mostly 1, and what was made forward is then handed on as it is."""
+    x, w, b, y = tensors()
+    w.requires_grad_()
+    loss = kernel.op(x, w, b, y)
+    (want,) = torch.autograd.grad(loss, w, torch.tensor(2.0), retain_graph=True)
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(w.grad, want * (times / 2))
+
+
 def test_second_derivative_raises():
     x, *rest = tensors()
     grad = torch.autograd.grad(kernel.op(x.requires_grad_(), *rest), x, create_graph=True)[0]
