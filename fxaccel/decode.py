@@ -131,7 +131,7 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
         p, c = entry["proof"], entry["claim"]
         parts = [_load_graph(c["before"]), _load_graph(c["after"])]
         before, after = (Fragment(p.graph, p) for p in parts)
-        manifest.claims[p["key"]] = Claim(c["rule"], before, after, c["numerics"])
+        manifest.claims[p["key"]] = Claim(c["rule"], before, after, c["numerics"], c["note"])
         manifest.proofs[p["key"]] = Proof(**{**p, "trials": tuple(p["trials"])})
         manifest.sites[p["key"]] = int(entry["sites"])
     report = Report.from_json(json.dumps(data["report"])).captures[0]

@@ -118,7 +118,7 @@ def _capture(one: Capture, key: Any, prefix: str, tensors: dict[str, Tensor]) ->
 
 def _claim(claim: Claim) -> dict[str, Any]:
     return {
-        "rule": claim.rule, "numerics": claim.numerics,
+        "rule": claim.rule, "numerics": claim.numerics, "note": claim.note,
         "before": _graph(claim.before.graph, claim.before.root),
         "after": _graph(claim.after.graph, claim.after.root),
     }  # fmt: skip

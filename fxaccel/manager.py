@@ -280,15 +280,19 @@ class Driver:
 
     def prove(
         self, rule: str, nodes: Iterable[fx.Node], new: Iterable[fx.Node],
-        outputs: Sequence[fx.Node], replaced: Sequence[fx.Node],
+        outputs: Sequence[fx.Node], replaced: Sequence[fx.Node], any_size: int | None = None,
     ) -> Proof:  # fmt: skip
-        """Compare existing `nodes` with the `new` ones that are to take their place."""
+        """Compare existing `nodes` with the `new` ones that are to take their place.
+
+        any_size   a fixed size that could as well be another
+        """
         old, made = sorted(nodes), list(new)  # in the graph's order: the key and the seed depend on it
         reads = dict.fromkeys(a for n in [*old, *made] for a in n.all_input_nodes)
         inputs = [n for n in reads if n not in old and n not in made]
         before = fragment(self.program, old, inputs, outputs)
         after = fragment(self.program, made, inputs, replaced)
-        return prove(self.program, Claim(rule, before, after, self.one.numerics), self.manifest)
+        claim = Claim(rule, before, after, self.one.numerics).smaller(any_size)
+        return prove(self.program, claim, self.manifest)
 
     def lemma(
         self, rule: str, like: fx.Node, inputs: Sequence[fx.Node],
@@ -428,7 +432,8 @@ class _Local:
             raise RuleError(f"{name}.rewrite returned {len(outputs)} values, its pattern {len(m.outputs)}")
         for old, new in zip(m.outputs, outputs, strict=True):
             _same_type(old, new, f"%{old.name}", name)
-        proof = self.driver.prove(name, m.nodes | m.also, made, m.outputs, outputs)
+        nodes, size = m.nodes | m.also, rule.any_size(m)
+        proof = self.driver.prove(name, nodes, made, m.outputs, outputs, size)
         self.driver.applied(m.root, rule.remark(m), name, proof.key)
         self.program.redrawn |= any(map(is_random, m.nodes))
         self.swap(m, outputs, made)

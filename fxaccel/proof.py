@@ -33,12 +33,13 @@ from torch import Tensor, fx, nn
 from fxaccel.effects import learned
 from fxaccel.errors import ProofError
 from fxaccel.evaluate import Unsteady, dropped, run_nodes, widen
-from fxaccel.ir import Program, SizeSpec, expr, is_tensor, number, structure
+from fxaccel.ir import Program, SizeSpec, TensorSpec, expr, is_tensor, number, structure
 from fxaccel.pattern import Ops
 from fxaccel.tolerance import DRAWS, algebra_differs, same_kind, share_of_tolerance
 
 _ODD = (3, 5, 7, 11, 13, 17, 9, 15, 19, 23, 33)
 _EVEN = (4, 8, 2, 16, 6, 10, 32, 64, 128)
+STAND_IN = 509  # for a size that a rule says could be any
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,24 @@ class Fragment:
     def drops(self) -> list[float]:
         """The probabilities with which its calls drop values at random."""
         return sorted(p for n in self.graph.nodes if n.op == "call_function" and (p := dropped(n)))
+
+    def resized(self, size: int, to: int) -> Fragment:
+        """The same with another fixed size, in shapes of inputs and in lists of sizes."""
+        graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.graph.nodes:
+            new = env[node] = graph.node_copy(node, env.__getitem__)
+            new.meta = dict(node.meta)
+            if node.op == "placeholder" and is_tensor(node.meta["val"]):
+                val = node.meta["val"]
+                shape = tuple(to if s == size else s for s in map(expr, val.shape))
+                stride = tuple(s / size * to if s % size == 0 else s for s in map(expr, val.stride()))
+                new.meta["val"] = TensorSpec(val.dtype, shape, stride, val.device)
+            elif node.op == "call_function":
+                new.args = tuple(
+                    [to if a == size else a for a in arg] if isinstance(arg, (list, tuple)) else arg
+                    for arg in new.args
+                )
+        return Fragment(graph, self.root)
 
     def text(self) -> str:
         """What the fragment computes on what kind of inputs, without names."""
@@ -100,12 +119,20 @@ class Proof:
 
 @dataclass(frozen=True)
 class Claim:
-    """That two fragments of a program compute the same, to a numerics class."""
+    """That two fragments compute the same, to a numerics class; `note` says at which fixed size."""
 
     rule: str
     before: Fragment
     after: Fragment
     numerics: str
+    note: str = ""
+
+    def smaller(self, size: int | None) -> Claim:
+        """The same of a smaller size in the place of a large one, None for none that could be any other."""
+        if size is None or size <= STAND_IN:
+            return self
+        before, after = (part.resized(size, STAND_IN) for part in (self.before, self.after))
+        return Claim(self.rule, before, after, self.numerics, f", {STAND_IN} for {size}")
 
 
 @dataclass
@@ -215,6 +242,7 @@ class _Trial:
     def __init__(self, program: Program, name: str, claim: Claim) -> None:
         self.program, self.name, self.rule = program, name, claim.rule
         self.before, self.after, self.numerics = claim.before, claim.after, claim.numerics
+        self.note = claim.note
         regions = self.before.outputs[0].meta.get("regions", ())
         grad = [r.args[0] for r in regions if r.kind == "grad"]
         self.backward = grad[-1] if grad else program.grad
@@ -233,7 +261,7 @@ class _Trial:
                     generator = torch.Generator().manual_seed(seed + i)
                     values = [_value(n, sizes, generator, permuted) for n in self.before.inputs]
                     why = self.compare(
-                        values, f"sizes {_text(sizes)}{', permuted strides' if permuted else ''}"
+                        values, f"sizes {_text(sizes)}{self.note}{', permuted strides' if permuted else ''}"
                     )
                     if why is None:
                         continue
@@ -255,12 +283,25 @@ class _Trial:
         return [self.assigned(names, _ODD), self.assigned(names, _EVEN)] if names else [{}]
 
     def assigned(self, names: list[str], wanted: tuple[int, ...]) -> dict[str, int]:
-        """Sizes from `wanted` where the guards allow, else others, else those of the example."""
+        """Sizes from `wanted` where the guards allow, else others, else those of the example.
+
+        Where the guards want more than that (batch * length of one input equals that of another), sizes of
+        one dimension that were equal in the example are chosen together.
+        """
         chosen: dict[str, int] = {}
-        for name in names:
-            hint = self.program.hints.get(name, 2)
-            candidates = [c for c in (*wanted, *_ODD, *_EVEN) if c not in chosen.values()] + [hint]
-            chosen[name] = next((c for c in candidates if self.allowed(chosen | {name: c})), hint)
+        for together in (False, True):
+            groups: dict[Any, list[str]] = {}
+            for name in names:
+                like = (self.program.sizes.get(name, (0, name))[1], self.program.hints.get(name, 2))
+                groups.setdefault(like if together else name, []).append(name)
+            chosen = {}
+            for group in groups.values():
+                hint = self.program.hints.get(group[0], 2)
+                candidates = [c for c in (*wanted, *_ODD, *_EVEN) if c not in chosen.values()] + [hint]
+                tried = (chosen | dict.fromkeys(group, c) for c in candidates)
+                chosen = next(filter(self.allowed, tried), chosen | dict.fromkeys(group, hint))
+            if self.allowed(chosen):
+                break
         return chosen
 
     def allowed(self, sizes: dict[str, int]) -> bool:
@@ -297,13 +338,14 @@ class _Trial:
         why = self.rounding(reference, moved, old, new)
         if why:  # one draw can be a lucky one
             moved += [self.unsteady(wide, seed) for seed in range(2, DRAWS + 1)]
-            why = self.rounding(reference, moved, old, new)
+            own = [self.unsteady(values, seed, double=False) for seed in range(1, DRAWS + 1)]
+            why = self.rounding(reference, moved, old, new, own)
         return f"with {trial} {why}" if why else ""
 
-    def unsteady(self, wide: list[Any], seed: int) -> tuple[list[Any], list[Any]]:
-        """The original with every operator off by a little."""
+    def unsteady(self, values: list[Any], seed: int, double: bool = True) -> tuple[list[Any], list[Any]]:
+        """The original with every operator off by a little: by one eps of its result where not in double."""
         with Unsteady(seed):
-            return self.run(self.before, wide, double=True)
+            return self.run(self.before, values, double=double)
 
     def run(self, part: Fragment, values: list[Any], double: bool = False) -> tuple[list[Any], list[Any]]:
         """Outputs and, where gradients flow, the gradients of a random weighting of them."""
@@ -317,20 +359,25 @@ class _Trial:
         weights = [_weights(o) for o in flowing]
         return outputs, list(torch.autograd.grad(flowing, wanted, weights, allow_unused=True))
 
-    def rounding(self, reference: Any, moved: list[Any], old: Any, new: Any) -> str:
-        draws = [[list(values) for values in zip(*kind, strict=True)] for kind in zip(*moved, strict=True)]
-        for kind, refs, others, olds, news in zip(
-            ("output", "gradient"), reference, draws, old, new, strict=True
+    def rounding(
+        self, reference: Any, moved: list[Any], old: Any, new: Any, own: Sequence[Any] = ()
+    ) -> str:  # fmt: skip
+        draws, errors = (
+            [[[run[kind][i] for run in runs] for i in range(len(old[kind]))] for kind in range(2)]
+            for runs in (moved, own)
+        )
+        for kind, refs, others, errs, olds, news in zip(
+            ("output", "gradient"), reference, draws, errors, old, new, strict=True
         ):
             if len(olds) != len(news):
                 return f"the original has {len(olds)} {kind}s and the replacement {len(news)}"
-            for i, (ref, other, o, n) in enumerate(zip(refs, others, olds, news, strict=True)):
+            for i, (ref, other, err, o, n) in enumerate(zip(refs, others, errs, olds, news, strict=True)):
                 why = same_kind(o, n)
                 if why:
                     return f"{kind} {i} {why}"
                 if not isinstance(ref, Tensor):
                     continue
-                share = share_of_tolerance(ref, o, n, other, exact=self.numerics == "bitwise")
+                share = share_of_tolerance(ref, o, n, other, err, exact=self.numerics == "bitwise")
                 if kind == "output":
                     self.error = max(self.error, share)
                 else:

@@ -156,6 +156,10 @@ class Rule(Rules):
         """The code that takes the place of the pattern, returning as many values."""
         raise RuleError(f"rule {type(self).__name__} has no rewrite method")
 
+    def any_size(self, m: Match) -> int | None:
+        """A fixed size of the site that could as well be another: a large one is proved at a smaller."""
+        return None
+
     def remark(self, m: Match) -> str:
         """What the report says of a rewritten site besides the names."""
         return ""

@@ -21,12 +21,13 @@ DRAWS = 8  # of random errors, where the first says that a result is too far awa
 
 
 def share_of_tolerance(
-    ref: Tensor, old: Tensor, new: Tensor, moved: Sequence[Tensor] = (), *, exact: bool = False
-) -> float:
+    ref: Tensor, old: Tensor, new: Tensor, moved: Sequence[Tensor] = (), own: Sequence[Tensor] = (),
+    *, exact: bool = False,
+) -> float:  # fmt: skip
     """Distance of `new` from `ref` as a share of what rounding allows.
 
     ref     the original in float64; old, new: the original and the replacement in their own dtype
-    moved   the original in float64 under Unsteady, each time that it was run
+    moved   the original in float64 under Unsteady, each time that it was run;  own: the same in its own dtype
     """
     if exact or not (new.dtype.is_floating_point or new.dtype.is_complex):
         return 0.0 if torch.equal(_nan_free(old), _nan_free(new)) else math.inf
@@ -37,8 +38,11 @@ def share_of_tolerance(
         float(torch.nan_to_num(ref.detach(), posinf=0.0, neginf=0.0).abs().max()) if ref.numel() else 0.0
     )
     condition = max((distance(ref, m) for m in moved), default=0.0) / UNSTEADY
-    own = distance(ref, old) or eps * condition  # 0: the original is in float64, and its error cannot be seen
-    allowed = _LOST * (own + eps * condition) + 2 * eps * largest
+    errors = eps * condition
+    if new.dtype is not torch.float64:  # whose own steps would be those of `moved`
+        errors = max(errors, *(distance(ref, o) for o in own), 0.0)
+    seen = distance(ref, old) or errors  # 0: the original is in float64, and its error cannot be seen
+    allowed = _LOST * (seen + errors) + 2 * eps * largest
     found = distance(ref, new)
     return found / allowed if allowed else (0.0 if found == 0 else math.inf)
 

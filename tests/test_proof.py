@@ -21,10 +21,13 @@ F = nn.functional
 aten = torch.ops.aten
 
 
-def proved(pattern, rewrite, function, *args, numerics="reassociated", allow="approximate"):
+def proved(
+    pattern, rewrite, function, *args, numerics="reassociated", allow="approximate", **methods
+):  # fmt: skip
     """The run of one rule over a function."""
     cls = type("TheRule", (fxaccel.Rule,), {
         "name": "the-rule", "numerics": numerics, "pattern": pattern, "rewrite": rewrite, "refuse": done,
+        **methods,
     })  # fmt: skip
     model = function if isinstance(function, nn.Module) else Function(function)
     program = capture(model, args or (torch.randn(4, 6),), {})
@@ -209,6 +212,74 @@ def test_large_sizes_are_proved_at_small_ones():
     )
     (proof,) = run.manifest.proofs.values()
     assert all("3000" not in t for t in proof.trials)
+
+
+def test_a_large_size_that_could_be_any_is_proved_at_a_smaller_one():
+    def head(factor):
+        def rewrite(self, op, m):
+            y = op.aten.matmul.default(m.x, op.aten.permute.default(m.w, [1, 0]))
+            return op.aten.mul.Tensor(op.aten.reshape.default(y, [-1, 3000]), factor)
+
+        return rewrite
+
+    def pattern(self, op, x, w):
+        return op.aten.reshape.default(op.aten.linear.default(x, w), [-1, 3000])
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3000, 4))
+
+        def forward(self, x):
+            return F.linear(x, self.w).reshape(-1, 3000)
+
+    def run(factor, size):
+        return proved(pattern, head(factor), Flat(), torch.randn(2, 5, 4), any_size=lambda s, m: size)
+
+    (proof,) = run(1.0, 3000).manifest.proofs.values()
+    assert proof.trials[0] == "sizes 3, 5, 509 for 3000"
+    (whole,) = run(1.0, None).manifest.proofs.values()
+    assert whole.trials[0] == "sizes 3, 5"
+    assert "failed its proof: with sizes 3, 5, 509 for 3000 output 0 differs" in error(run(1.1, 3000))
+
+
+def test_sizes_of_two_inputs_that_must_have_one_product_are_chosen_together():
+    def pattern(self, op, x, y):
+        return op.aten.cross_entropy_loss.default(x, y)
+
+    def rewrite(self, op, m):
+        return op.aten.nll_loss_nd.default(op.aten.log_softmax.int(m.x, 1), m.y)
+
+    run = proved(
+        pattern, rewrite, lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten()),
+        torch.randn(2, 6, 7), torch.zeros(2, 6, dtype=torch.long),
+    )  # fmt: skip
+    (proof,) = run.manifest.proofs.values()
+    assert proof.ok
+    assert len(proof.trials) == 4
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.5, 1.6, 2.8])  # at which the original is lucky
+def test_errors_on_the_way_to_a_result_of_higher_precision_count_as_what_they_are(factor):
+    """The mean of many bfloat16 errors can come out at the float32 next to the exact one."""
+
+    def pattern(self, op, x):
+        capped = op.aten.tanh.default(op.aten.mul.Tensor(x, factor))
+        return op.aten.mean.dim(capped, [0, 1], dtype=torch.float32)
+
+    def once(self, op, m):  # rounds once where the original rounds twice
+        wide = op.aten.tanh.default(op.aten.mul.Tensor(op.aten.to.dtype(m.x, torch.float32), factor))
+        return op.aten.mean.dim(op.aten.to.dtype(wide, torch.bfloat16), [0, 1], dtype=torch.float32)
+
+    def worse(self, op, m):  # loses six bits
+        return pattern(self, op, op.aten.add.Tensor(op.aten.add.Tensor(m.x, 64.0), -64.0))
+
+    def mean(x):
+        return torch.tanh(x * factor).mean((0, 1), dtype=torch.float32)
+
+    x = torch.rand(3, 5).bfloat16()
+    assert len(proved(pattern, once, mean, x).report.passes[0].applied) == 1
+    assert "away from float64" in error(proved(pattern, worse, mean, x))
 
 
 def test_the_proof_draws_no_random_number_of_the_user():

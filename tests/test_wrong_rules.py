@@ -328,7 +328,7 @@ def test_a_later_pass_starts_from_the_last_good_graph(inputs):
 def test_what_the_proofs_cannot_see_the_check_of_the_whole_module_does(inputs, monkeypatch):
     """With every proof switched off, a wrong rule is still found, and all passes are dropped."""
 
-    def believe(self, rule, nodes, new, outputs, replaced):
+    def believe(self, rule, nodes, new, outputs, replaced, any_size):
         return type("Believed", (), {"key": ""})
 
     monkeypatch.setattr(Driver, "prove", believe)
