@@ -28,6 +28,8 @@ SMALL = 2**15  # elements of a weight below which a call of MKL's costs more tha
 NARROW = 128  # rows of a weight below which the same holds
 CALLS = 4  # with equal numbers of rows, in which laying out would have paid
 MOST = 64  # numbers of rows that are counted at a time
+ROUNDS = 3  # in which packed and plain are timed
+BETWEEN = 2**22  # bytes of other weights between two calls with one, as there are in a model
 GAIN = 1.03  # times as fast as the plain product, for what a form costs in memory
 
 
@@ -128,15 +130,27 @@ _gains: dict[tuple[Any, ...], bool] = {}
 def fastest(x: Tensor, w: Tensor, b: Tensor | None, rows: int) -> Form:
     """The form in which w is multiplied by x."""
     key = (rows, *w.shape, *w.stride(), b is None, torch.get_num_threads())
-    plain = Form(rows, None)
-    if not _gains.get(key, True):
-        return plain
-    packed = Form(rows, torch.ops.mkl._mkl_reorder_linear_weight(w, rows))
     if key not in _gains:
-        forms = (plain, packed)
-        times = by_turns([partial(multiply, x, w, b, form) for form in forms], x.device)
-        _gains[key] = GAIN * times[1] < times[0]
-    return packed if _gains[key] else plain
+        _gains[key] = gains(x, w, b, rows)
+    return packed(w, rows) if _gains[key] else Form(rows, None)
+
+
+def packed(w: Tensor, rows: int) -> Form:
+    """w as MKL lays it out."""
+    return Form(rows, torch.ops.mkl._mkl_reorder_linear_weight(w, rows))
+
+
+def gains(x: Tensor, w: Tensor, b: Tensor | None, rows: int) -> bool:
+    """Whether packed weights are GAIN times as fast, between weights that take their place in the cache."""
+    weights = [w, *(w.clone() for _ in range(BETWEEN // max(w.nbytes, 4 * SMALL)))]
+    plain, laid = [Form(rows, None) for _ in weights], [packed(v, rows) for v in weights]
+
+    def all_in(forms: list[Form]) -> None:
+        for v, form in zip(weights, forms, strict=True):
+            multiply(x, v, b, form)
+
+    times = by_turns([partial(all_in, plain), partial(all_in, laid)], x.device, ROUNDS)
+    return GAIN * times[1] < times[0]
 
 
 def watched(x: Tensor) -> bool:

@@ -28,7 +28,8 @@ def gains(monkeypatch):
         return laid(x, w, b, rows)
 
     monkeypatch.setattr(kernel, "_gains", {})
-    monkeypatch.setattr(kernel, "by_turns", lambda runs, device: [2.0, 1.0])
+    monkeypatch.setattr(kernel, "BETWEEN", 0)
+    monkeypatch.setattr(kernel, "by_turns", lambda *_: [2.0, 1.0])
     monkeypatch.setattr(kernel, "fastest", fastest)
     return packed
 
