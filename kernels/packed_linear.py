@@ -16,12 +16,14 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fxaccel.kernels import _operator, _quantized
 from fxaccel.kernels._clock import by_turns
+
+linear = torch._C._nn.linear  # torch.nn.functional's
+product: Any = torch.ops.mkl._mkl_linear.default if torch.backends.mkl.is_available() else linear
 
 FEW = 4  # rows below which nothing is gained
 SMALL = 2**15  # elements of a weight below which a call of MKL's costs more than is saved
@@ -35,7 +37,7 @@ GAIN = 1.03  # times as fast as the plain product, for what a form costs in memo
 
 def reference(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """The meaning of this op, its kernel on every device, and what every test compares with."""
-    return F.linear(x, w, b)
+    return linear(x, w, b)
 
 
 def unsupported(x: Tensor, w: Tensor, b: Tensor | None) -> Iterator[str]:
@@ -96,31 +98,28 @@ class Kept:
 
     def __init__(self, w: Tensor):
         """No form is made yet: calls say for how many rows."""
-        self.w = w
-        self.calls: dict[int, int] = {}
-        self.form: Form | None = None
+        self.w, self.columns = w, w.shape[1]
+        self.form = Form(0, None)
+        self.hits = 0  # calls with as many rows as the form is for, since it was made
+        self.calls: dict[int, int] = {}  # and with others
 
-    def __call__(self, x: Tensor, b: Tensor | None) -> Tensor:
-        """The linear of x."""
-        rows, form = x.numel() // x.shape[-1], self.form  # which another thread may exchange
+    def missed(self, x: Tensor, b: Tensor | None, rows: int) -> None:
+        """Take note of a call with so many rows, which the form is not for."""
         if rows < FEW:
-            return F.linear(x, self.w, b)
+            return
         self.calls[rows] = count = self.calls.get(rows, 0) + 1
-        if form is not None and rows == form.rows:
-            return multiply(x, self.w, b, form)
-        if count >= CALLS and (form is None or count > self.calls.get(form.rows, 0)):
+        if count >= CALLS and count > self.hits:
             self.form = fastest(x, self.w, b, rows)
-            self.calls = {}
+            self.hits, self.calls = 0, {}
         elif len(self.calls) > MOST:
             self.calls = {}
-        return F.linear(x, self.w, b)
 
 
 def multiply(x: Tensor, w: Tensor, b: Tensor | None, form: Form) -> Tensor:
     """The linear of x, of as many rows as the form is for."""
     if form.packed is None:
-        return F.linear(x, w, b)
-    return torch.ops.mkl._mkl_linear.default(x, form.packed, w, b, form.rows)
+        return linear(x, w, b)
+    return product(x, form.packed, w, b, form.rows)
 
 
 _gains: dict[tuple[Any, ...], bool] = {}
@@ -157,12 +156,11 @@ def watched(x: Tensor) -> bool:
     """Whether x, or something that sees this call, knows torch's linear and not MKL's."""
     return (
         torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_any_autocast_enabled()
         or torch.are_deterministic_algorithms_enabled()
     )
 
@@ -172,9 +170,16 @@ def direct(x: Tensor, w: Tensor, b: Tensor | None, shared: Kept | None = None) -
 
     shared   the weight as `Kept` has it
     """
-    if shared is None or watched(x):
-        return F.linear(x, w, b)
-    return shared(x, b)
+    if shared is None or torch.compiler.is_compiling() or watched(x):
+        return linear(x, w, b)
+    rows, form = x.numel() // shared.columns, shared.form  # which another thread may exchange
+    if rows != form.rows:
+        shared.missed(x, b, rows)
+        return linear(x, w, b)
+    shared.hits += 1
+    if form.packed is None:
+        return linear(x, w, b)
+    return product(x, form.packed, w, b, rows)
 
 
 shared = _operator.Shared(Kept, (), ("w",), worth, ahead=True)

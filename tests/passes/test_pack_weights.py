@@ -170,9 +170,9 @@ def refusing(function=None, width=256, out=256, dtype=torch.float32, rows=8):
 
 
 REFUSED = {
-    "computed": (lambda: refusing(grown), "%mul is not a parameter or a buffer that stays as it is"),
-    "written": (lambda: refusing(written), "is not a parameter or a buffer that stays as it is"),
-    "scaled": (lambda: refusing(scaled), "%mul is computed by the model at each call"),
+    "computed": (lambda: refusing(grown), "%mul is no parameter or buffer that stays as it is"),
+    "written": (lambda: refusing(written), "is no parameter or buffer that stays as it is"),
+    "scaled": (lambda: refusing(scaled), "%mul is no parameter or buffer that stays"),
     "float64": (lambda: refusing(dtype=torch.float64), "dtype torch.float64; MKL lays out torch.float32"),
     "bfloat16": (lambda: refusing(dtype=torch.bfloat16), "dtype torch.bfloat16; MKL lays out torch.float32"),
     "few rows": (lambda: refusing(lambda m, x: F.linear(x[0, :3], m.w)), "fewer than 4 rows of x"),
@@ -189,6 +189,18 @@ def test_declines_and_says_why(name):
     _, record = packed(*make())
     assert record.applied == []
     assert why in record.refused[0].why
+
+
+def test_memory_is_bounded():
+    """0.5, 0.5 and 0.127 MiB, the last first."""
+    for mebibytes, paths in ((0.1, []), (0.2, ["4"]), (0.63, ["2", "4"]), (1.2, ["0", "2", "4"])):
+        _, record = packed(mlp(), X, passes=[fxaccel.passes.PackWeights(mebibytes=mebibytes)])
+        assert sorted(s.path for s in record.applied) == paths
+    _, record = packed(mlp(), X, passes=["pack-weights{mebibytes=0.63}"])
+    assert (
+        record.refused[0].why
+        == "the weight has 0.5 MiB and those kept twice 0.627; mebibytes=0.63 is the most"
+    )
 
 
 def test_under_autocast():
