@@ -4,8 +4,8 @@ linears    the 16 linears of a GPT-2 of 4 layers one after the other, so that ea
            that the others have used: packed, beside torch's linear of a weight as nn.Linear holds it [N, K]
            and as GPT-2 does [K, N]; of widths 256 and 512, 4 to 256 rows
 models     X1 of the targets: BERT, GPT-2 and Llama of 4 layers and widths 256 and 512, on 2 x 128 and 1 x 16
-           tokens: as written, by the default passes, by those without pack-weights, through torch.compile,
-           and through torch.compile with freezing
+           tokens: as written, by the default passes, by those and pack-weights, through torch.compile, and
+           through torch.compile with freezing
 
 Times are CPU time of 1 thread, minimum of interleaved rounds.
 """
@@ -69,7 +69,7 @@ def _all(calls: list[Any], forms: list[Any]) -> None:
 def models(width: int) -> dict[str, Any]:
     """By model and shape of the call: milliseconds and times as fast as written."""
     found: dict[str, Any] = {}
-    others = [n for n, p in available().items() if p.default and n != "pack-weights"]
+    default = [n for n, p in available().items() if p.default]
     for name, model in zoo(width).items():
         options = {"use_cache": False} if name != "BERT" else {}
         for batch, length in CALLS:
@@ -77,8 +77,8 @@ def models(width: int) -> dict[str, Any]:
             ids = torch.randint(1000, (batch, length))
             made = {
                 "eager": model,
-                "fxaccel": fxaccel.accelerate(model),
-                "without pack-weights": fxaccel.accelerate(model, others),
+                "default passes": fxaccel.accelerate(model),
+                "with pack-weights": fxaccel.accelerate(model, [*default, "pack-weights"]),
                 "torch.compile": torch.compile(model, dynamic=False),
                 "with freezing": torch.compile(model, dynamic=False, options={"freezing": True}),
             }

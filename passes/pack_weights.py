@@ -51,7 +51,6 @@ class PackWeights(Rule):
     name = "pack-weights"
     step = "lower"
     serves = ("inference",)
-    default = True
 
     mebibytes: float = 1024
 

@@ -137,7 +137,7 @@ def test_a_weight_that_is_made_of_parameters(name, gains):
 def test_after_the_passes_that_change_weights():
     model = nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.Linear(256, 256))
     x = torch.randn(9, 256)
-    fast, record = packed(model, x, passes=None)
+    fast, record = packed(model, x, passes=["pack-weights", "fold-batch-norm"])
     assert len(record.applied) == 2
     assert targets(session(fast).all[0].program).count("aten.batch_norm.default") == 0
     agree(model, fast, x)
@@ -218,7 +218,8 @@ def test_a_torch_without_mkl(monkeypatch):
 
 def test_it_serves_inference_only():
     model = mlp()
-    fast = fxaccel.accelerate(model)
+    with pytest.warns(UserWarning, match="serves inference only"):
+        fast = fxaccel.accelerate(model, ["pack-weights"], example_inputs=(X,))
     fast(X).sum().backward()
     record = fast.report()["pack-weights"]
     assert (record.applied, record.error) == (
