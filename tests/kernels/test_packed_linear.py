@@ -174,6 +174,7 @@ def test_what_watches_sees_torchs_linear():
         with forward_ad.dual_level():
             dual = call(forward_ad.make_dual(x, tangent))
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent @ w.t())
+        torch.vmap(lambda row: row * (0 if kernel.watched(row) else pytest.fail("unseen")))(x)
         torch.testing.assert_close(torch.vmap(call)(x.view(3, 4, 64)).view(12, 48), F.linear(x, w, b))
         with FlopCounterMode(display=False) as counted:
             call(x)
