@@ -10,7 +10,7 @@ framework counts in no version of the tensor and is not noticed; write within `t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,11 +55,16 @@ def note(program: Program) -> str:
     _, kept = derived(program)
     owned = [n for n in kept if getattr(storage_owner(n), "op", "call_function") == "call_function"]
     values = [t for n in owned for t in tensors(n.meta["val"])]
-    mebibytes = sum(number(t.numel(), program.hints) * t.element_size() for t in values) / 2**20
     if not values:
         return ""
-    what = f"{len(values)} values of {mebibytes:.3g} MiB"
+    what = f"{len(values)} values of {mebibytes(program, owned):.3g} MiB"
     return f"{what} are computed from parameters once, and again when those change"
+
+
+def mebibytes(program: Program, nodes: Iterable[fx.Node]) -> float:
+    """The size of what the nodes compute, at the sizes of the example."""
+    values = [t for n in nodes for t in tensors(n.meta["val"])]
+    return sum(number(t.numel(), program.hints) * t.element_size() for t in values) / 2**20
 
 
 class Derived:

@@ -29,9 +29,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from fxaccel.derived import Derived, derived, standing
+from fxaccel.derived import Derived, derived, mebibytes, standing
 from fxaccel.effects import last_uses, written
-from fxaccel.ir import Program, Region, arguments, expr, target_name
+from fxaccel.ir import Program, Region, arguments, expr, is_tensor, target_name
 
 # Operators whose Python binding takes the schema's arguments in the schema's order.
 _BOUND = """
@@ -104,18 +104,18 @@ class Code:
     constants   global name -> object (operators, constant tensors, sub-graphs)
     tables      global name -> ("parameter" | "buffer", module path): filled in by `bind`
     choices     kernel name -> what calls it on a GPU, the way that measures fastest there
+    twice       a sentence on what is kept a second time, "" where nothing is
     """
 
     source: str
     constants: dict[str, Any]
     tables: dict[str, tuple[str, str]]
     choices: dict[str, Any]
-    laid: int = 0
+    twice: str = ""
 
     def notes(self) -> list[str]:
         """What was chosen so far, a sentence for each kernel and size; and what is kept twice."""
-        twice = [f"{self.laid} weights are kept a second time, as the CPU's kernels read them"]
-        return [line for c in self.choices.values() for line in c.lines()] + twice * bool(self.laid)
+        return [line for c in self.choices.values() for line in c.lines()] + [self.twice] * bool(self.twice)
 
     def bind(self, module: Tree, filename: str) -> dict[str, Any]:
         """Execute the source with its tables bound to `module`; returns the functions by name."""
@@ -165,6 +165,7 @@ class Emitter:
         self.taken: set[str] = set()
         self.shared: dict[Any, str] = {}
         self.laid: dict[Any, str] = {}
+        self.twice = ""
         self.takes: dict[fx.Node, str] = {}
         self.names: dict[fx.Node, str] = {}
         self.inputs = [n for n in program.inputs if n is not None]
@@ -184,7 +185,7 @@ class Emitter:
         ]
         functions = [[*self.accepts(inputs)], [*self.fits()], *self.functions, lines, *functions]
         source = "\n\n\n".join("\n".join(f) for f in functions) + "\n"
-        return Code(source, self.constants, self.tables, self.choices, len(self.laid))
+        return Code(source, self.constants, self.tables, self.choices, self.twice)
 
     def function(self, name: str) -> list[list[str]]:
         """The program as one function of this name, behind those that it calls."""
@@ -223,6 +224,10 @@ class Emitter:
         for node in packs:
             body += self.prepared(node, ahead=True)
         self.laid = self.shared
+        if packs:
+            size = mebibytes(self.program, dict.fromkeys(a for n in packs.values() for a in n))
+            what = f"{len(self.laid)} weights of {size:.3g} MiB are kept a second time"
+            self.twice = f"{what}, as the CPU's kernels read them, where calls gain by it"
         names = [*(self.names[n] for n in kept), *self.laid.values()]
         self.shared = dict(self.laid)  # other names within the function are its own
         return [
@@ -518,12 +523,16 @@ def _kernel(node: fx.Node) -> tuple[Any, str]:
     """The module of the kernel of ours that a node calls, and the type of its device; None and "" if none."""
     target, val = node.target, node.meta.get("val")
     first = val[0] if isinstance(val, (tuple, list)) and val else val
-    if getattr(target, "namespace", "") != "fxaccel" or not isinstance(first, Tensor):
+    if getattr(target, "namespace", "") != "fxaccel" or not is_tensor(first):
         return None, ""
     try:
-        return importlib.import_module(f"fxaccel.kernels.{target._opname}"), first.device.type
+        module = importlib.import_module(f"fxaccel.kernels.{target._opname}")
     except ModuleNotFoundError:
         return None, ""
+    shared = getattr(module, "shared", None)
+    if not isinstance(first, Tensor) and (shared is None or not shared.ahead):
+        return None, ""  # some look at sizes that a loaded graph does not hold
+    return module, first.device.type
 
 
 def _nodes(value: Any) -> list[fx.Node]:

@@ -20,12 +20,13 @@ def least(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int =
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _least(runs, device, rounds)
+        return by_turns(runs, device, rounds)
     finally:
         torch.set_num_threads(threads)
 
 
-def _least(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int) -> list[float]:
+def by_turns(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int = ROUNDS) -> list[float]:
+    """`least` on as many threads as there are: of this one's time, which works or waits as the others do."""
     clock = _on_gpu if device.type == "cuda" else _on_cpu
     repeats = [1] * len(runs)
     best = [math.inf] * len(runs)

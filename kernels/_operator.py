@@ -145,7 +145,10 @@ def count_flops(op: Op, formula: Callable[..., int]) -> None:
 
 def known(size: int | torch.SymInt) -> int | None:
     """The number that a size is, if it is one; never decides, or guards on, a symbolic size."""
-    return size if isinstance(size, int) else size.node.maybe_as_int()
+    if isinstance(size, int):
+        return size
+    node = getattr(size, "node", None)  # None of an expression, which a loaded graph has in its place
+    return None if node is None else node.maybe_as_int()
 
 
 def differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
