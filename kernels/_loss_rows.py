@@ -64,7 +64,7 @@ def _piece(
     if c is not None and lse is not None:
         loss.addcmul_(c * lse, lse)
     if gradient:
-        _differentiate(z, y, keep, smoothing, None if c is None else 2 * c * lse)
+        _differentiate(z, y, keep, smoothing, None if c is None or lse is None else 2 * c * lse)
         if softcap:
             z.addcmul_(z, f.square_(), value=-1)
         if z is not u:

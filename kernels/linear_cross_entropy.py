@@ -24,6 +24,7 @@ Source     Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Mo
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -358,6 +359,6 @@ def _flops(x: Any, w: Any, *args: Any, **kwargs: Any) -> int:
 
 _operator.differentiate(op, LinearCrossEntropy.apply)
 for _device in ("cpu", "cuda"):
-    _operator.autocast(op, _device, lambda device=_device: torch.get_autocast_dtype(device), places=(0, 1, 2))
+    _operator.autocast(op, _device, partial(torch.get_autocast_dtype, _device), places=(0, 1, 2))
 _operator.count_flops(op, _flops)
 _operator.count_flops(save_op, _flops)

@@ -122,9 +122,11 @@ def rows(op: Ops, x: fx.Node, site: Site) -> fx.Node:
 def unsupported(site: Site) -> Refusals:
     """Why the kernel does not take this loss."""
     linear, labels = site.logits.linear, site.labels
-    x, w, b = (a if a is None else a.meta["val"] for a in arguments(linear).values())
+    assert linear is not None, "it was found"
+    given: list[Any] = [a if a is None else a.meta["val"] for a in arguments(linear).values()]
     if under_autocast(linear.meta.get("regions", ())):
-        x, w, b = (t if t is None else t.to(linear.meta["val"].dtype) for t in (x, w, b))
+        given = [t if t is None else t.to(linear.meta["val"].dtype) for t in given]
+    x, w, b = given
     yield from kernel.unsupported(
         x.flatten(0, -2), w, b, labels.meta["val"].flatten(), site.reduction, site.ignored, site.smoothing
     )
