@@ -122,7 +122,8 @@ def rows(op: Ops, x: fx.Node, site: Site) -> fx.Node:
 def unsupported(site: Site) -> Refusals:
     """Why the kernel does not take this loss."""
     linear, labels = site.logits.linear, site.labels
-    assert linear is not None and labels is not None, "they were found"
+    assert linear is not None, "it was found"
+    assert labels is not None, "it was found"
     given: list[Any] = [a if a is None else a.meta["val"] for a in arguments(linear).values()]
     if under_autocast(linear.meta.get("regions", ())):
         given = [t if t is None else t.to(linear.meta["val"].dtype) for t in given]
