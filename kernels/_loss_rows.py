@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxaccel.kernels._triton import next_power_of_2, tl, triton
 
-BLOCK = 8192  # columns that a program holds at once
+BLOCK = 4096  # columns that a program holds at once: 16 a lane
 PIECE = 2 * 2**20  # bytes of logits that the CPU takes through all steps at once
 Rows = Callable[..., Tensor]
 
@@ -167,6 +167,6 @@ def launch(
         rows_kernel[(len(u),)](
             u, y, c, loss, v, u.stride(0), 0 if ignored is None else ignored, softcap, smoothing,
             IGNORES=ignored is not None, CAPPED=softcap != 0, SMOOTHS=smoothing != 0, SQUARES=c is not None,
-            GRADIENT=gradient, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            GRADIENT=gradient, BLOCK=block, num_warps=max(1, block // 512),
         )  # fmt: skip
     return loss
