@@ -170,9 +170,7 @@ def refusing(function=None, width=256, out=256, dtype=torch.float32, rows=8):
 
 
 REFUSED = {
-    "computed": (
-        lambda: refusing(grown), "%mul is no parameter or buffer that stays as it is, and none that a pass made"
-    ),
+    "computed": (lambda: refusing(grown), "%mul is no parameter or buffer that stays as it is"),
     "written": (lambda: refusing(written), "is no parameter or buffer that stays as it is"),
     "scaled": (lambda: refusing(scaled), "%mul is no parameter or buffer that stays"),
     "float64": (lambda: refusing(dtype=torch.float64), "dtype torch.float64; MKL lays out torch.float32"),
