@@ -169,10 +169,11 @@ def refusing(function=None, width=256, out=256, dtype=torch.float32, rows=8):
     return model.to(dtype), torch.randn(1, rows, width).to(dtype)
 
 
+STAYS = "is no parameter or buffer that stays as it is, and none that a pass made"
 REFUSED = {
-    "computed": (lambda: refusing(grown), "%mul is no parameter or buffer that stays as it is"),
-    "written": (lambda: refusing(written), "is no parameter or buffer that stays as it is"),
-    "scaled": (lambda: refusing(scaled), "%mul is no parameter or buffer that stays"),
+    "computed": (lambda: refusing(grown), f"%mul {STAYS}"),
+    "written": (lambda: refusing(written), STAYS),
+    "scaled": (lambda: refusing(scaled), f"%mul {STAYS}"),
     "float64": (lambda: refusing(dtype=torch.float64), "dtype torch.float64; MKL lays out torch.float32"),
     "bfloat16": (lambda: refusing(dtype=torch.bfloat16), "dtype torch.bfloat16; MKL lays out torch.float32"),
     "few rows": (lambda: refusing(lambda m, x: F.linear(x[0, :3], m.w)), "fewer than 4 rows of x"),
