@@ -24,7 +24,8 @@ from torch.distributed import DistError
 from fxaccel.errors import FxaccelError, StageError
 
 PERIOD = 1.0  # seconds between two signs of life
-GRACE = 5.0  # seconds without one after which a process is gone; that one has to end after an interrupt
+GRACE = 5.0  # seconds without one after which a process is gone
+PATIENCE = 15.0  # seconds that a stage has to end in after an interrupt
 LOOK = 0.0005  # seconds between two looks into the store
 AWAY = b"between two steps"
 GONE = 70  # exit status of a process whose stage hangs
@@ -161,7 +162,7 @@ class Watch:
             signal.pthread_kill(thread, signal.SIGINT)  # ends a sleep or a wait as well
         else:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Overdue))
-        if not ended.wait(GRACE):
+        if not ended.wait(PATIENCE):
             sys.stderr.write(f"fxaccel: {why}; its process is ended\n")
             sys.stderr.flush()
             os._exit(GONE)

@@ -90,7 +90,8 @@ class Emitter(emit.Emitter):
         before = [] if node.target is operator.getitem or not tensors_of(node) else self.before(node)
         dead = last_use.get(node, [])
         deleted = [f"del {', '.join(self.names[n] for n in dead)}"] if dead else []
-        return [*before, *super().statements(node, {}), *self.after(node), *deleted]
+        shared = self.prepared(node)  # of several calls: what autograd saves of it is none of this one's
+        return [*shared, *before, self.statement(node, {}), *self.after(node), *deleted]
 
     def before(self, node: fx.Node) -> list[str]:
         """Where the run is, and what the backward of the call computes first."""
@@ -110,7 +111,7 @@ class Emitter(emit.Emitter):
         if not node.users:
             return  # the result has no name, and no gradient
         if node in self.noted:
-            yield f"{self.run}.note({', '.join(self.names[n] for n in _tensor_inputs(node))})"
+            yield f"{self.run}.note({', '.join(_told(self, node))})"
         if node.name + HIDDEN in self.slot:
             read = "".join(f"{self.names[n]}, " for n in node.all_input_nodes)
             made = f"[{name}[i] for i in {_read(node)}]" if _read(node) is not None else name
@@ -175,7 +176,7 @@ class Part(emit.Emitter):
         text = super().expression(node)
         if not self.rerun(node):
             return text
-        read = ", ".join(self.names[n] for n in _tensor_inputs(node))
+        read = ", ".join(_told(self, node))
         words = f"{self.outer.index[node.name]}, {self.hidden.get(node.name + HIDDEN)}, {_read(node)}"
         return f"{self.run}.rerun({words}, lambda {read}: {text}, {read})"
 
@@ -210,6 +211,11 @@ def _read(node: fx.Node) -> tuple[int, ...] | None:
     if not isinstance(node.meta["val"], (list, tuple)):
         return None
     return tuple(u.args[1] for u in node.users if u.target is operator.getitem)
+
+
+def _told(writer: emit.Emitter, node: fx.Node) -> list[str]:
+    """The names of the tensors that a call reads, and of what it shares with others."""
+    return [*(writer.names[n] for n in _tensor_inputs(node)), *filter(None, [writer.takes.get(node)])]
 
 
 def _tensor_inputs(node: fx.Node) -> list[fx.Node]:

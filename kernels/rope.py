@@ -269,8 +269,7 @@ class Rope(torch.autograd.Function):
     ) -> Any:
         ctx.save_for_backward(cos, sin)
         ctx.how = pairs, shared, inverse
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(op(xs, cos, sin, pairs, shared, inverse))
+        return tuple(op(xs, cos, sin, pairs, shared, inverse))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:

@@ -204,7 +204,7 @@ def test_the_file_is_safetensors_and_no_pickle(saved):
     header = json.loads(data[8 : 8 + length])
     assert json.loads(header["__metadata__"]["fxaccel"])["format"] == artifact.FORMAT
     assert not zipfile.is_zipfile(path)
-    with pytest.raises(ValueError, match=r"opcode|pickle|exhausted|ran out"):
+    with pytest.raises(ValueError, match=r"opcode|pickle|exhausted|ran out|invalid literal"):
         list(pickletools.genops(data))
 
 
