@@ -314,18 +314,20 @@ class Run:
         return slot.value
 
     def rerun(
-        self, index: int, slot: int | None, read: Sequence[int] | None, call: Callable[..., Any], *given: Any
-    ) -> Any:
+        self, index: int, slot: int | None, read: Sequence[int] | None,
+        call: Callable[..., Any], given: tuple[Any, ...], *common: Any,
+    ) -> Any:  # fmt: skip
         """The result of a call made as in forward, where a kernel may go another way with gradients.
 
         What autograd saves of it besides its arguments and results (those that are read, of several) goes
-        into the slot, if there is one.
+        into the slot, if there is one. What it has in common with other calls may be of what is saved: it is
+        no argument of the call in the graph.
         """
         saved: list[Tensor] = []
         flags = self.learning[index]
         leaves = [
             t.detach().requires_grad_(learns) if isinstance(t, Tensor) else t
-            for t, learns in zip(given, flags, strict=True)
+            for t, learns in zip((*given, *common), flags, strict=True)
         ]
 
         def pack(tensor: Tensor) -> None:
@@ -334,7 +336,8 @@ class Run:
         with torch.enable_grad(), saved_tensors_hooks(pack, _never):
             made = call(*leaves)
         if slot is not None:
-            self.fill(slot, beside(saved, leaves, made if read is None else [made[i] for i in read]))
+            results = made if read is None else [made[i] for i in read]
+            self.fill(slot, beside(saved, leaves[: len(given)], results))
         return pytree.tree_map_only(Tensor, lambda t: t.data, made)
 
 

@@ -111,7 +111,7 @@ class Emitter(emit.Emitter):
         if not node.users:
             return  # the result has no name, and no gradient
         if node in self.noted:
-            yield f"{self.run}.note({', '.join(_told(self, node))})"
+            yield f"{self.run}.note({', '.join([*_given(self, node), *_common(self, node)])})"
         if node.name + HIDDEN in self.slot:
             read = "".join(f"{self.names[n]}, " for n in node.all_input_nodes)
             made = f"[{name}[i] for i in {_read(node)}]" if _read(node) is not None else name
@@ -176,9 +176,11 @@ class Part(emit.Emitter):
         text = super().expression(node)
         if not self.rerun(node):
             return text
-        read = ", ".join(_told(self, node))
-        words = f"{self.outer.index[node.name]}, {self.hidden.get(node.name + HIDDEN)}, {_read(node)}"
-        return f"{self.run}.rerun({words}, lambda {read}: {text}, {read})"
+        given, common = _given(self, node), _common(self, node)
+        call = f"lambda {', '.join([*given, *common])}: {text}"
+        hidden = str(self.hidden.get(node.name + HIDDEN))
+        words = [str(self.outer.index[node.name]), hidden, str(_read(node)), call, f"({', '.join(given)},)"]
+        return f"{self.run}.rerun({', '.join([*words, *common])})"
 
     def rerun(self, node: fx.Node) -> bool:
         """Whether a call is made with gradients: for what it hides, or since it chooses its way by them."""
@@ -213,9 +215,14 @@ def _read(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(u.args[1] for u in node.users if u.target is operator.getitem)
 
 
-def _told(writer: emit.Emitter, node: fx.Node) -> list[str]:
-    """The names of the tensors that a call reads, and of what it shares with others."""
-    return [*(writer.names[n] for n in _tensor_inputs(node)), *filter(None, [writer.takes.get(node)])]
+def _given(writer: emit.Emitter, node: fx.Node) -> list[str]:
+    """The names of the tensors that a call reads."""
+    return [writer.names[n] for n in _tensor_inputs(node)]
+
+
+def _common(writer: emit.Emitter, node: fx.Node) -> list[str]:
+    """The name of what it has in common with other calls, if there is such a thing."""
+    return [writer.takes[node]] if node in writer.takes else []
 
 
 def _tensor_inputs(node: fx.Node) -> list[fx.Node]:

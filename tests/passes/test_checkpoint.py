@@ -204,6 +204,41 @@ def test_other_passes_come_before_it(passes):
     assert peak < need
 
 
+class Biased(nn.Module):
+    """Attention layers with one bias by distance, learned or not, which they share as a mask."""
+
+    def __init__(self, learned):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        bias = torch.randn(4, 2 * S - 1)
+        self.bias = nn.Parameter(bias) if learned else nn.Buffer(bias)
+
+    def forward(self, x):
+        at = torch.arange(S)
+        bias = self.bias[:, at[None, :] - at[:, None] + S - 1]
+        for layer in self.layers:
+            q, k, v = layer.qkv(layer.norm(x)).view(B, S, 3, 4, W // 4).permute(2, 0, 3, 1, 4)
+            y = (q @ k.transpose(-1, -2) / (W // 4) ** 0.5 + bias).softmax(-1) @ v
+            x = x + layer.out(y.transpose(1, 2).reshape(B, S, W))
+            x = x + layer.down(F.gelu(layer.up(layer.again(x))))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_calls_have_in_common_is_made_again_as_it_was(learned):
+    plain = trained(Biased(learned), ["fuse-attention"])
+    fast = trained(Biased(learned), ["fuse-attention", "checkpoint{budget=0.3}"])
+    for one in (plain, fast):
+        step(one, {"x": X})
+    (peak, got), (need, want) = step(fast, {"x": X}), step(plain, {"x": X})
+    equal(got, want)
+    assert peak < 0.8 * need
+    again = fast.code[: fast.code.index("def forward(")]
+    assert "rerun(" in again
+    assert "shared=shared_attention" in again
+
+
 def test_files_hold_the_schedule(tmp_path):
     fast = trained(Stack(), ["checkpoint{budget=0.4}"])
     step(fast, {"x": X})
