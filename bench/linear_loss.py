@@ -7,7 +7,6 @@ own grows at the most. torch.compile, which fuses what is around the products, i
 """
 
 import multiprocessing
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,9 @@ def counted(f: Callable[..., Tensor], shape: tuple[int, int, int]) -> int:
 
 def resident(line: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at the most since it was reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (found,) = [one.split() for one in lines if one.startswith(f"{line}:")]
+    return int(found[1]) * 1024
 
 
 def grown(name: str, shape: tuple[int, int, int], pipe: Any) -> None:

@@ -131,7 +131,7 @@ class Pattern:
         for match in matcher.match(self.root, root, Match(program, root)):
             absent = [v for v in self.variables if v not in match.bound]
             bound = match.bound | dict.fromkeys(absent)
-            return replace(match, bound=bound, outputs=tuple(_output(t, match) for t in self.outputs))
+            return replace(match, bound=bound, outputs=tuple(next(_made(t, match)) for t in self.outputs))
         return matcher.miss
 
 
@@ -220,11 +220,13 @@ class Miss:
     why: str = ""
 
 
-def _output(term: Any, match: Match) -> Any:
+def _made(term: Any, match: Match) -> Iterator[Any]:
     """The node that a term is, of alternatives the one that matched."""
     if isinstance(term, Either):
-        return next((found for _, o in term.options if (found := _output(o, match)) is not None), None)
-    return match.terms.get(term)
+        for _, option in term.options:
+            yield from _made(option, match)
+    elif term in match.terms:
+        yield match.terms[term]
 
 
 class _Matcher:

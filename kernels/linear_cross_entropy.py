@@ -23,7 +23,7 @@ Source     Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Mo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -278,24 +278,21 @@ def _save_fake(
     )
 
 
-def compose(
-    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, reduction: str = "mean",
-    ignore_index: int | None = -100, label_smoothing: float = 0.0, scale: float = 1.0, softcap: float = 0.0,
-    z_loss: float = 0.0, wide: bool = False, budget: int = 0,
-) -> Tensor:  # fmt: skip
-    """The CPU kernel where no gradient is wanted."""
-    options = reduction, ignore_index, label_smoothing, scale, softcap, z_loss, wide, budget
-    return compose_save(x, w, b, y, *options, False, False, False)[0]
+def _loss_alone(save: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    """A kernel where no gradient is wanted. No checks: the caller has asked `unsupported`."""
+
+    def loss_alone(
+        x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, reduction: str = "mean",
+        ignore_index: int | None = -100, label_smoothing: float = 0.0, scale: float = 1.0,
+        softcap: float = 0.0, z_loss: float = 0.0, wide: bool = False, budget: int = 0,
+    ) -> Tensor:  # fmt: skip
+        options = reduction, ignore_index, label_smoothing, scale, softcap, z_loss, wide, budget
+        return save(x, w, b, y, *options, False, False, False)[0]
+
+    return loss_alone
 
 
-def launch(
-    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, reduction: str = "mean",
-    ignore_index: int | None = -100, label_smoothing: float = 0.0, scale: float = 1.0, softcap: float = 0.0,
-    z_loss: float = 0.0, wide: bool = False, budget: int = 0,
-) -> Tensor:  # fmt: skip
-    """Run the Triton kernel where no gradient is wanted. No checks: the caller has asked `unsupported`."""
-    options = reduction, ignore_index, label_smoothing, scale, softcap, z_loss, wide, budget
-    return launch_save(x, w, b, y, *options, False, False, False)[0]
+compose, launch = _loss_alone(compose_save), _loss_alone(launch_save)
 
 
 def _fake(

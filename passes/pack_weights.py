@@ -29,9 +29,13 @@ def ready(program: Program) -> set[fx.Node]:
     return {n for n in program.facts(standing) if n.op == "placeholder" or n in ahead}
 
 
+def _mebibytes(w: torch.Tensor) -> float:
+    return w.numel() * w.element_size() / 2**20
+
+
 def _more(program: Program, found: dict[fx.Node, float], made: Sequence[fx.Node]) -> None:
     weights = [arguments(n)["w"] for n in made if is_call(n, torch.ops.fxaccel.packed_linear.default)]
-    found |= {w: w.meta["val"].numel() * w.meta["val"].element_size() / 2**20 for w in weights}
+    found |= {w: _mebibytes(w.meta["val"]) for w in weights}
 
 
 @incremental(_more)
@@ -68,7 +72,7 @@ class PackWeights(Rule):
         if why := list(kernel("packed_linear").unsupported(x, w, b)):
             yield from why
             return
-        known, size = m.facts(packed), w.numel() * w.element_size() / 2**20
+        known, size = m.facts(packed), _mebibytes(w)
         total = sum(known.values())
         if m.w not in known and total + size > self.mebibytes:
             yield (

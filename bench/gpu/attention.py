@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import report
+from measure import backward, report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -127,13 +127,6 @@ def candidates(case, inputs, with_flex):
         makers["flex"] = partial(flex, case)
     makers["ours"], makers["chosen"] = partial(ours, case), partial(chosen, case)
     return makers
-
-
-def backward(f, inputs):
-    """The backward pass alone, to be called again and again."""
-    out = f(*inputs)
-    seed = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, inputs, seed, retain_graph=True)
 
 
 def taken(case, direction, makers):

@@ -7,10 +7,9 @@ block, `torch` torch.compile with activation_memory_budget 0.33. Issue: at most 
 """
 
 import copy
-import gc
 
 import torch
-from measure import report
+from measure import peak, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxaccel
@@ -33,18 +32,6 @@ def stepped(model, tokens):
         model(input_ids=tokens, labels=tokens).loss.backward()
 
     return run
-
-
-def peak(run):
-    """The most bytes that the second step allocates beside what was there."""
-    run()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def main():

@@ -10,7 +10,7 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
-from measure import report
+from measure import backward, report
 
 from fxaccel.kernels import glu
 
@@ -47,13 +47,6 @@ def ways(activation):
     }
     theirs = liger(activation)
     return found if theirs is None else found | {"liger": theirs}
-
-
-def backward(f, args):
-    """The backward pass alone, to be called again and again."""
-    y = f(*args)
-    dy = torch.randn_like(y)
-    return lambda: torch.autograd.grad(y, args, dy, retain_graph=True)
 
 
 def run_glu(activation, columns, packed):

@@ -8,7 +8,7 @@ nearest to Liger's peak.
 
 import torch
 import torch.nn.functional as F
-from measure import report
+from measure import peak, report
 
 from fxaccel.kernels import linear_cross_entropy
 
@@ -47,21 +47,6 @@ def stepped(f, given):
     """Forward, and backward to hidden states and weight."""
     x, w, y = given
     return lambda: torch.autograd.grad(f(x, w, y), (x, w))
-
-
-def peak(step):
-    """Bytes that a step takes at the most; -1 where it does not fit."""
-    try:
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    except torch.OutOfMemoryError:
-        return -1
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import gc
 import pathlib
 import statistics
 import subprocess
@@ -33,6 +34,30 @@ def medians(candidates):
     return {name: (statistics.median(t), cuts[name][0], cuts[name][-1]) for name, t in times.items()}
 
 
+def backward(f, leaves):
+    """The backward pass alone, to be called again and again."""
+    out = f(*leaves)
+    out = out if isinstance(out, (tuple, list)) else (out,)
+    seeds = [torch.randn_like(o) for o in out]
+    return lambda: torch.autograd.grad(out, leaves, seeds, retain_graph=True)
+
+
+def peak(step):
+    """The most bytes that a second step allocates beside what was there; -1 where it does not fit."""
+    try:
+        step()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    except torch.OutOfMemoryError:
+        return -1
+
+
 def commit():
     """The commit that was measured, or nothing outside a checkout."""
     here = pathlib.Path(__file__).parent
@@ -49,23 +74,7 @@ def report(bench, case, candidates, rate, unit):
     with RESULTS.open("a", newline="") as file:
         out = csv.writer(file)
         if new:
-            out.writerow(
-                [
-                    "bench",
-                    "case",
-                    "candidate",
-                    "us",
-                    "p10",
-                    "p90",
-                    "rate",
-                    "unit",
-                    "gpu",
-                    "torch",
-                    "triton",
-                    "commit",
-                    "date",
-                ]
-            )
+            out.writerow(COLUMNS)
         for name, (median, low, high) in medians(candidates).items():
             speed = rate / median
             print(f"{bench:20} {case:44} {name:10} {median:10.1f} us  {speed:8.2f} {unit}", flush=True)

@@ -8,7 +8,7 @@ for 1.7 times dense with 4 blocks and 4 times with 16, at [8192, 4096].
 
 import torch
 import torch.nn.functional as F
-from measure import report
+from measure import backward, report
 
 from fxaccel.kernels import _blocks, _butterfly, _monarch, butterfly, monarch
 
@@ -27,13 +27,6 @@ def bmm(x, right, left, out):
                         .reshape(len(x), -1), left.shape[2])  # fmt: skip
     y = torch.bmm(h.view(len(x), len(left), -1).transpose(0, 1), left.mT).transpose(0, 1)
     return _blocks.shuffle(y.reshape(len(x), -1), len(left))[:, :out]
-
-
-def backward(f, args):
-    """The backward pass alone, to be called again and again."""
-    y = f(*args)
-    dy = torch.randn_like(y)
-    return lambda: torch.autograd.grad(y, args, dy, retain_graph=True)
 
 
 def run_monarch(rows, n, blocks, t):

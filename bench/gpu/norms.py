@@ -5,7 +5,7 @@ Forward 2 and backward 3 tensor-sized transfers; with a residual add 4 and 4. `c
 
 import torch
 import torch.nn.functional as F
-from measure import report
+from measure import backward, report
 
 from fxaccel.kernels import add_rms_norm, layer_norm, rms_norm
 
@@ -35,14 +35,6 @@ CASES = {
     "layer_norm": (eager_layer, lambda x, w: layer_norm.op(x, w, w, EPS), 1, 2, 3),
     "add_rms_norm": (eager_add, lambda x, r, w: add_rms_norm.op(x, r, w, EPS), 2, 4, 4),
 }
-
-
-def backward(f, args):
-    """The backward pass alone, to be called again and again."""
-    out = f(*args)
-    out = out if isinstance(out, tuple) else (out,)
-    seeds = [torch.randn_like(o) for o in out]
-    return lambda: torch.autograd.grad(out, args, seeds, retain_graph=True)
 
 
 def main():

@@ -4,7 +4,7 @@ Forward and backward read and write q and k once; the angles stay in the cache. 
 """
 
 import torch
-from measure import report
+from measure import backward, report
 
 from fxaccel.kernels import rope
 
@@ -59,13 +59,10 @@ def main():
                 "TB/s",
             )
             leaves = [t.detach().requires_grad_() for t in (q, k)]
-
-            def backward(g, leaves=leaves, tables=(cos, sin)):
-                out = g(*leaves, *tables)
-                seeds = [torch.randn_like(o) for o in out]
-                return lambda: torch.autograd.grad(out, leaves, seeds, retain_graph=True)
-
-            report("rope", f"{case} backward", {n: backward(g) for n, g in f.items()}, bytes_, "TB/s")
+            back = {
+                n: backward(lambda *qk, g=g, tables=(cos, sin): g(*qk, *tables), leaves) for n, g in f.items()
+            }
+            report("rope", f"{case} backward", back, bytes_, "TB/s")
 
 
 if __name__ == "__main__":
