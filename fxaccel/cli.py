@@ -1,4 +1,4 @@
-"""The `fxaccel` command: passes, diff, explain, verify, plan.
+"""The `fxaccel` command: passes, diff, explain, verify, bench, plan.
 
 Exit codes: 0 nothing differs (or all is proved), 1 something differs (or a proof failed), 2 an error.
 """
@@ -24,8 +24,11 @@ from rich.text import Text
 from torch import nn
 
 import fxaccel
+from fxaccel.capture import Call
 from fxaccel.discover import available, resolve
 from fxaccel.errors import FxaccelError, OptionError
+from fxaccel.gains import gains
+from fxaccel.module import call_of
 from fxaccel.picture import drawable
 from fxaccel.pipeline.orders import named
 from fxaccel.pipeline.timeline import check_drawable
@@ -48,6 +51,9 @@ Load = Annotated[
 ]
 Train = Annotated[bool, typer.Option("--train/--eval", help="mode to capture in")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="leave out what is slower here, as accelerate() does by default")
+]
 Allow = Annotated[str, typer.Option(help="loosest numerics class that a pass may have")]
 Debug = Annotated[bool, typer.Option("--debug", help="show a traceback on errors")]
 
@@ -77,11 +83,11 @@ def passes(load: Load = None, as_json: AsJson = False, debug: Debug = False) -> 
 def diff(
     model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
     raw: Annotated[bool, typer.Option(help="compare with the graph before canonicalization")] = False,
-    allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
+    measure: Measure = False, allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """What the passes change: exit code 0 nothing, 1 something."""
     with _reported(debug):
-        fast = _accelerated(model, pass_, inputs, load, train, allow)
+        fast = _accelerated(model, pass_, inputs, load, train, allow, measure)
         found = fast.diff(raw=raw)
         if as_json:
             _say(found.to_json())
@@ -94,11 +100,11 @@ def diff(
 @app.command()
 def explain(
     model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
-    allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
+    measure: Measure = False, allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Every site that a pass looked at: applied, or which clause said no, at which of your lines."""
     with _reported(debug):
-        report = _accelerated(model, pass_, inputs, load, train, allow).report()
+        report = _accelerated(model, pass_, inputs, load, train, allow, measure).report()
         if as_json:
             _say(report.to_json())
             return
@@ -124,6 +130,21 @@ def verify(
         found = fast.verify()
         _say(str(found))
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def bench(
+    model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
+    rounds: Annotated[int, typer.Option(help="of which the least time counts")] = 15,
+    allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """What each pass buys on this machine: time of a call, or of a step of training, and its memory."""
+    with _reported(debug):
+        made, example = _described(model, pass_, inputs, load, train)
+        with _progress(f"measuring {model}"):
+            found = gains(made, pass_, Call(*call_of(example)), allow=allow, rounds=rounds)
+        for line in [found.to_json()] if as_json else str(found).splitlines():
+            _say(line)
 
 
 @app.command()
@@ -223,9 +244,21 @@ def main() -> None:
 
 def _accelerated(
     name: str, pass_: list[str] | None, inputs: list[str] | None, load: list[Path] | None, train: bool,
-    allow: str, check: bool = True,
+    allow: str, measure: bool = False, check: bool = True,
 ) -> Any:  # fmt: skip
     """The captured model that the command line describes."""
+    model, example = _described(name, pass_, inputs, load, train)
+    with _progress(f"capturing {name}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # what applied nowhere is in the report
+        return fxaccel.accelerate(
+            model, pass_, example_inputs=example, allow=allow, measure=measure, check=check
+        )
+
+
+def _described(
+    name: str, pass_: list[str] | None, inputs: list[str] | None, load: list[Path] | None, train: bool
+) -> tuple[nn.Module, Any]:
+    """The model of the command line, and its example inputs."""
     _load(load)
     resolve(pass_)  # a wrong option is said before the model is built
     model, example = _model(name)
@@ -236,9 +269,7 @@ def _accelerated(
         raise OptionError(
             f"{name} gives a model without example inputs", '--input "input_ids=int64[2,128]" describes one'
         )
-    with _progress(f"capturing {name}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what applied nowhere is in the report
-        return fxaccel.accelerate(model, pass_, example_inputs=example, allow=allow, check=check)
+    return model, example
 
 
 def _whole(fast: Any) -> Any:
@@ -330,7 +361,7 @@ def _explained(report: PassReport) -> Iterator[str]:
     if report.error:
         yield f"  changed nothing: {report.error}"
     words: list[tuple[str, list[Site], Callable[[Site], str]]] = [
-        ("applied", report.applied, lambda s: s.rule),
+        ("applied", report.applied, lambda s: "  ".join(filter(None, (s.rule, s.why)))),
         ("refused", report.refused, lambda s: s.why),
         ("near miss", report.near_misses, lambda s: s.why),
     ]

@@ -407,10 +407,14 @@ class Emitter:
         key = repr((node.target, node.meta.get("regions", ()), read, sizes))
         if key not in self.shared:
             name = self.shared[key] = self.local(f"shared_{node.target._opname}")
-            made = self.constant(shared.made.__name__, shared.made)
+            made = self.constant(shared.made.__name__, self.maker(shared))
             words = [self.argument(given[n]) for n in (*shared.sized, *shared.read)]
             yield f"{name} = {made}({', '.join(words)})"
         self.takes[node] = self.shared[key]
+
+    def maker(self, shared: Any) -> Any:
+        """What makes a part that calls have in common."""
+        return shared.made
 
     def delete(self, dead: list[fx.Node]) -> str:
         return f"; del {', '.join(self.names[n] for n in dead)}" if dead else ""

@@ -38,6 +38,7 @@ from fxaccel.proof import Claim, Manifest, Proof, composed, describe, fragment, 
 from fxaccel.quality import Budget
 from fxaccel.report import CaptureReport, PassReport, Site
 from fxaccel.rule import NUMERICS, STEPS, Pass, Rule, Search
+from fxaccel.stopwatch import Stopwatch, Times
 
 ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
 CANONICAL = {"canonical-norms"}  # properties of every graph before the first pass: norms are calls of ATen
@@ -111,11 +112,13 @@ class Run:
 
 
 def run(
-    program: Program, passes: Sequence[Pass], *, allow: str = "reassociated", strict: bool = False
-) -> Run:
+    program: Program, passes: Sequence[Pass], *, allow: str = "reassociated", strict: bool = False,
+    stopwatch: Stopwatch | None = None,
+) -> Run:  # fmt: skip
     """Run `passes` (already ordered) over a canonical program.
 
-    What passes that are not exact change is measured on the program's calibration, if it has one.
+    What passes that are not exact change is measured on the program's calibration, if it has one. With a
+    `stopwatch`, sites of local rules that are slower than before are refused.
     """
     result = Run(program, CaptureReport(mode(program.training, program.grad)))
     program.guards += assumed(program)
@@ -127,7 +130,7 @@ def run(
         if why:
             record.error = why
         else:
-            driver = Driver(result.program.copy(), one, record, result.manifest)
+            driver = Driver(result.program.copy(), one, record, result.manifest, stopwatch)
             result.program = _transaction(driver, result.program, strict)
             _absorb(one, result.program)
         record.seconds = time.perf_counter() - started
@@ -259,8 +262,12 @@ def _same_type(old: Any, new: Any, what: str, name: str) -> None:
 class Driver:
     """What a pass edits and records with: `applied`, `refused`, `call`, `prove` and `rewrite`."""
 
-    def __init__(self, program: Program, one: Pass, record: PassReport, manifest: Manifest) -> None:
+    def __init__(
+        self, program: Program, one: Pass, record: PassReport, manifest: Manifest,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:  # fmt: skip
         self.program, self.one, self.record, self.manifest = program, one, record, manifest
+        self.stopwatch = stopwatch
         self.relaid: set[fx.Node] = set()  # nodes with other strides than what they took the place of
 
     def applied(self, node: fx.Node, why: str = "", rule: str = "", proof: str = "") -> None:
@@ -286,13 +293,20 @@ class Driver:
 
         any_size   a fixed size that could as well be another
         """
+        claim = self.claim(rule, nodes, new, outputs, replaced).smaller(any_size)
+        return prove(self.program, claim, self.manifest)
+
+    def claim(
+        self, rule: str, nodes: Iterable[fx.Node], new: Iterable[fx.Node],
+        outputs: Sequence[fx.Node], replaced: Sequence[fx.Node],
+    ) -> Claim:  # fmt: skip
+        """That existing `nodes` compute what the `new` ones do that are to take their place."""
         old, made = sorted(nodes), list(new)  # in the graph's order: the key and the seed depend on it
         reads = dict.fromkeys(a for n in [*old, *made] for a in n.all_input_nodes)
         inputs = [n for n in reads if n not in old and n not in made]
         before = fragment(self.program, old, inputs, outputs)
         after = fragment(self.program, made, inputs, replaced)
-        claim = Claim(rule, before, after, self.one.numerics).smaller(any_size)
-        return prove(self.program, claim, self.manifest)
+        return Claim(rule, before, after, self.one.numerics)
 
     def lemma(
         self, rule: str, like: fx.Node, inputs: Sequence[fx.Node],
@@ -341,6 +355,7 @@ class _Local:
         # Computed once: sites that touch written storage are refused, so new nodes never do.
         self.writers = self.program.facts(written)
         self.seen: set[tuple[str, fx.Node]] = set()  # sites whose refusal or miss is on record
+        self.given_up: set[tuple[str, fx.Node]] = set()  # sites that take longer than before
         self.results: dict[Any, Any] = {}  # fake values of calls: equal sites share them
         self.budget = ROUNDS_PER_NODE * len(self.program.graph.nodes) + ROUNDS_PER_NODE
 
@@ -373,6 +388,8 @@ class _Local:
     def attempt(self, rule: Rule, search: Search, root: fx.Node) -> list[fx.Node]:
         """Rewrite one site if it matches and nothing speaks against it; returns the new nodes."""
         name = type(rule).__name__
+        if (name, root) in self.given_up:
+            return []
         found = search.find(self.program, root)
         if isinstance(found, Miss):
             if found.depth > 1 and (name, root) not in self.seen:
@@ -432,12 +449,39 @@ class _Local:
             raise RuleError(f"{name}.rewrite returned {len(outputs)} values, its pattern {len(m.outputs)}")
         for old, new in zip(m.outputs, outputs, strict=True):
             _same_type(old, new, f"%{old.name}", name)
-        nodes, size = m.nodes | m.also, rule.any_size(m)
-        proof = self.driver.prove(name, nodes, made, m.outputs, outputs, size)
-        self.driver.applied(m.root, rule.remark(m), name, proof.key)
+        claim = self.driver.claim(name, m.nodes | m.also, made, m.outputs, outputs)
+        times = self.times(rule, m, made, outputs, claim)
+        if times is not None and times.slower(rule.at_most):
+            self.give_up(rule, m.root, made, str(times))
+            return []
+        proof = prove(self.program, claim.smaller(rule.any_size(m)), self.driver.manifest)
+        said = [w for w in (rule.remark(m), times and str(times)) if w]
+        self.driver.applied(m.root, "; ".join(said), name, proof.key)
         self.program.redrawn |= any(map(is_random, m.nodes))
         self.swap(m, outputs, made)
         return [n for n in made if not n._erased]
+
+    def times(
+        self, rule: Rule, m: Match, made: list[fx.Node], outputs: Sequence[fx.Node], claim: Claim
+    ) -> Times | None:
+        """What a site takes before and after; what others read too, a mask say, is there in both."""
+        if self.driver.stopwatch is None:
+            return None
+        own = set(m.nodes)
+        for node in sorted(m.also, reverse=True):
+            if own.issuperset(node.users):
+                own.add(node)
+        in_common = not own.issuperset(m.also)
+        if in_common:
+            claim = self.driver.claim(claim.rule, own, made, m.outputs, outputs)
+        return self.driver.stopwatch.times(self.program, claim, rule.at_most, in_common)
+
+    def give_up(self, rule: Rule, root: fx.Node, made: list[fx.Node], why: str) -> None:
+        """Leave a site as it is: take out what was made for it."""
+        for node in reversed(made):
+            self.program.graph.erase_node(node)
+        self.given_up.add((type(rule).__name__, root))
+        self.driver.refused(root, f"it {why}", type(rule).__name__)
 
     def swap(self, m: Match, outputs: Sequence[fx.Node], made: list[fx.Node]) -> None:
         """Put the new values in the place of the old ones, under the old names."""

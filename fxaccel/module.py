@@ -40,6 +40,7 @@ def accelerate(
     backend: str = "python",
     max_captures: int = 16,
     calibration: Iterable[Any] = (),
+    measure: bool | None = None,
 ) -> Any:
     """A module that computes what `model` computes, rewritten by `passes`.
 
@@ -58,6 +59,9 @@ def accelerate(
     max_captures     graphs kept for different modes and inputs; the one unused longest is dropped
     calibration      calls, each given as `example_inputs` is, on which passes that are not exact are measured
                      (and held to their `budget`); without them, on the call that is captured
+    measure          time every kind of site, as it is and rewritten, at the sizes of the captured call, and
+                     refuse what is slower on this machine; None: where `passes` is None. Never while
+                     torch.use_deterministic_algorithms is on: two processes may decide differently
 
     Raises OptionError for wrong options, CaptureError where the model cannot be captured.
     """
@@ -86,13 +90,13 @@ def accelerate(
         passes, allow = _with_openers(passes, allow, {one.by for one in opened})
     settings = Settings.make(
         passes, allow=allow, strict=strict, expect=expect, check=check, backend=backend,
-        max_captures=max_captures,
-        calibration=tuple(Call(*_call_of(c, "a call in calibration")) for c in calibration),
+        max_captures=max_captures, measure=measure,
+        calibration=tuple(Call(*call_of(c, "a call in calibration")) for c in calibration),
     )  # fmt: skip
     fast = wrap(tree, settings)
     fast.__dict__[_KEY].replacements += opened
     if example_inputs is not None:
-        args, kwargs = _call_of(example_inputs)
+        args, kwargs = call_of(example_inputs)
         fast.__dict__[_KEY].capture(fast, args, kwargs)
     return fast
 
@@ -112,7 +116,8 @@ def _with_openers(
     return [*given, *more], NUMERICS[max(NUMERICS.index(allow), loosest)]
 
 
-def _call_of(example: Any, what: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(example: Any, what: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments of a call as users write it down."""
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, (tuple, list)):

@@ -411,7 +411,10 @@ def _value(node: fx.Node, sizes: dict[str, int], generator: torch.Generator, per
     return materialise(node.meta["val"], sizes, generator, permuted) if number is None else number
 
 
-def materialise(val: Any, sizes: dict[str, int], generator: torch.Generator, permuted: bool = False) -> Any:
+def materialise(
+    val: Any, sizes: dict[str, int], generator: torch.Generator, permuted: bool = False,
+    device: torch.device | str = "cpu",
+) -> Any:  # fmt: skip
     """A random value with the dtype, sizes and strides of a fake one.
 
     Floats are normal with a scale between 1/4 and 4, booleans fair coins, integers 0 or 1 (an index that
@@ -421,13 +424,13 @@ def materialise(val: Any, sizes: dict[str, int], generator: torch.Generator, per
     if isinstance(val, (torch.SymInt, SizeSpec)):
         return number(val, sizes)
     if isinstance(val, (list, tuple)):
-        return type(val)(materialise(v, sizes, generator, permuted) for v in val)
+        return type(val)(materialise(v, sizes, generator, permuted, device) for v in val)
     if not is_tensor(val):
         return val
     shape, stride = _sizes(val.shape, sizes), _sizes(val.stride(), sizes)
     if permuted and len(shape) >= 2:
         stride = list(torch.empty(shape[::-1], device="meta").permute(*range(len(shape))[::-1]).stride())
-    tensor = torch.empty_strided(shape, stride, dtype=val.dtype)
+    tensor = torch.empty_strided(shape, stride, dtype=val.dtype, device=device)
     compact = [1 if st == 0 else s for s, st in zip(shape, stride, strict=True)]
     tensor.as_strided(compact, stride).copy_(_random(compact, val.dtype, generator))
     return tensor

@@ -136,9 +136,11 @@ class Rule(Rules):
     """A local rewrite: `pattern` becomes `rewrite` unless `refuse` yields a sentence.
 
     redraws      whether it may take random operators in, and draw other numbers of the same distribution
+    at_most      times as long as the original a site may take where it is timed: more than 1 for memory saved
     """
 
     redraws: ClassVar[bool] = False
+    at_most: ClassVar[float] = 1.0
 
     def apply(self, program: Program, plan: Any, driver: Any) -> None:
         """Rewrite every site of this rule."""

@@ -27,6 +27,7 @@ from fxaccel.pieces import Pieces
 from fxaccel.proof import Manifest, Proof, materialise
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
+from fxaccel.stopwatch import Stopwatch
 from fxaccel.structure import Structure, children, deliver
 from fxaccel.tree import random_kept
 
@@ -44,11 +45,13 @@ class Settings:
     backend: str
     max_captures: int
     calibration: tuple[Call, ...] = ()
+    measure: bool = False
 
     @classmethod
     def make(
-        cls, passes: Iterable[Any] | None, *, expect: Mapping[str, int] | None, **options: Any
-    ) -> Settings:
+        cls, passes: Iterable[Any] | None, *, expect: Mapping[str, int] | None, measure: bool | None = None,
+        **options: Any,
+    ) -> Settings:  # fmt: skip
         found = manager.order(resolve(passes))
         last = next((p for p in found if p.step == "schedule"), None)
         if last is not None and options.get("backend") == "inductor":
@@ -61,7 +64,8 @@ class Settings:
             if name not in names:
                 raise OptionError(f"expect names the pass {name!r}, which is not among {names}")
         requested = () if passes is None else tuple(names)
-        return cls(tuple(found), requested, expect=tuple((expect or {}).items()), **options)
+        measure = passes is None if measure is None else measure
+        return cls(tuple(found), requested, expect=tuple((expect or {}).items()), measure=measure, **options)
 
 
 @dataclass
@@ -161,6 +165,7 @@ class Session:
     replacements: list[Replacement] = field(default_factory=list)
     dropped: int = 0
     loaded: bool = False
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     taken: Any = None  # fxaccel.stage_module.Taken: the stages of a model that is cut
     _modules: list[nn.Module] = field(default_factory=list)
     _edges: list[tuple[dict[str, Any], str, nn.Module]] = field(default_factory=list)
@@ -301,7 +306,11 @@ class Session:
         canonical = raw.copy()
         canonicalize(canonical)
         canonical.calibration, canonical.adopted = calibration, tuple(self.replacements)
-        run = manager.run(canonical, passes, allow=self.settings.allow, strict=self.settings.strict)
+        measure = self.settings.measure and not torch.are_deterministic_algorithms_enabled()
+        run = manager.run(
+            canonical, passes, allow=self.settings.allow, strict=self.settings.strict,
+            stopwatch=self.stopwatch if measure else None,
+        )  # fmt: skip
         canonical.calibration = run.program.calibration = None  # it holds the user's calls
         run.program.drop_unused_state()
         run.report.notes += filter(None, [derived.note(run.program)])

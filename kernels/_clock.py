@@ -27,18 +27,25 @@ def least(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int =
 
 def by_turns(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int = ROUNDS) -> list[float]:
     """`least` on as many threads as there are: of this one's time, which works or waits as the others do."""
+    return [min(taken) for taken in all_of(runs, device, rounds)]
+
+
+def all_of(
+    runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int = ROUNDS
+) -> list[list[float]]:
+    """What `by_turns` takes the least of: for each run, the times of all rounds."""
     clock = _on_gpu if device.type == "cuda" else _on_cpu
     repeats = [1] * len(runs)
-    best = [math.inf] * len(runs)
+    found: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):  # the first warms up
         for i, run in enumerate(runs):
             taken = clock(run, repeats[i])
             if turn:
-                best[i] = min(best[i], taken / repeats[i])
+                found[i].append(taken / repeats[i])
             elif device.type != "cuda":
                 taken = clock(run, 1)
                 repeats[i] = max(1, math.ceil(1000 * LEAST / max(taken, 1e-6)))
-    return best
+    return found
 
 
 def _on_cpu(run: Callable[[], Any], repeat: int) -> float:

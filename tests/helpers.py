@@ -1,7 +1,9 @@
 """What several files of tests share."""
 
 import copy
+import itertools
 
+import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -114,3 +116,20 @@ def train_step(model, optimizer, x):
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def thinned(keep, **values):
+    """Parametrize over a product of which one in `keep` is quick and the others are slow.
+
+    Quick are those whose places in their lists add up to a multiple of `keep`: of two values of two lists
+    every pair is among them where a third list has as many values.
+    """
+    cases = []
+    for places in itertools.product(*(range(len(v)) for v in values.values())):
+        chosen = [v[i] for v, i in zip(values.values(), places, strict=True)]
+        marks = [m for c in chosen for m in getattr(c, "marks", ())]
+        plain = [c.values[0] if hasattr(c, "marks") else c for c in chosen]
+        cases.append(
+            pytest.param(*plain, marks=[*marks, *([pytest.mark.slow] if sum(places) % keep else [])])
+        )
+    return pytest.mark.parametrize(list(values), cases, ids=str)

@@ -9,7 +9,7 @@ from torch import nn
 from fxaccel.memory import Meter
 from fxaccel.recompute import Timetable
 from fxaccel.schedule import Again, Moved, Schedule
-from tests.helpers import Method
+from tests.helpers import Method, thinned
 from tests.offloading import Watched, mixed, moving, place, places, watching
 from tests.random_graphs import (
     CASES,
@@ -36,8 +36,7 @@ def log(monkeypatch):
 # -- the same bits ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learns", [False, True], ids=["", "input learns"])
-@pytest.mark.parametrize("name", CASES)
+@thinned(2, name=list(CASES), learns=[False, True])
 def test_a_step_that_moves_all_it_can_is_the_same_step(name, learns, log):
     model, x = CASES[name]()
     x = torch.randn(6, x) if isinstance(x, int) else x

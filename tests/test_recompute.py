@@ -13,7 +13,7 @@ from fxaccel.memory import Meter
 from fxaccel.recompute import Run
 from fxaccel.replay import write
 from fxaccel.schedule import Again, Schedule
-from tests.helpers import Method
+from tests.helpers import Method, thinned
 from tests.random_graphs import (
     CASES,
     Attention,
@@ -33,8 +33,7 @@ from tests.random_graphs import (
 )
 
 
-@pytest.mark.parametrize("learns", [False, True], ids=["", "input learns"])
-@pytest.mark.parametrize("name", CASES)
+@thinned(2, name=list(CASES), learns=[False, True])
 def test_a_step_that_keeps_little_is_the_same_step(name, learns):
     model, x = CASES[name]()
     x = torch.randn(6, x) if isinstance(x, int) else x
@@ -246,8 +245,7 @@ def test_the_mask_of_a_dropout_takes_no_memory():
     assert alive == [alive[0], alive[0] - mask, alive[0] - mask - value]
 
 
-@pytest.mark.parametrize("keeps", [True, False], ids=["all kept", "dropped"])
-@pytest.mark.parametrize("ends", ["backward", "retained", "none", "error"])
+@thinned(2, ends=["backward", "retained", "none", "error"], keeps=[True, False])
 def test_nothing_is_left_of_a_run(ends, keeps, monkeypatch):
     runs = []
 

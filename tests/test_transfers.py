@@ -10,7 +10,7 @@ from fxaccel import transfers
 from fxaccel.passes._checkpoint_plan import Planner
 from fxaccel.replay import Draft, Journey, lives, replay, write
 from fxaccel.transfers import movable, moving
-from tests.helpers import Method
+from tests.helpers import Method, thinned
 from tests.offloading import watching
 from tests.passes.test_checkpoint_optimum import STEPS, Steps
 from tests.random_graphs import BATCH, LENGTH, WIDTH, Captured, RandomGraph, identical, random_drafts
@@ -118,7 +118,7 @@ def test_a_view_of_what_is_away_is_made_again_from_it(monkeypatch):
     identical(step.run(step.emitted(made)), step.run(step.emitted()))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@thinned(2, seed=range(12))
 def test_random_steps_take_no_more_than_is_said(seed, monkeypatch):
     watching(monkeypatch)
     draw = random.Random(seed)

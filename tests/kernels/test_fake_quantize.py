@@ -10,6 +10,7 @@ from structured import DTYPES, within
 from fxaccel.kernels import _fake, _fake_tiles, dequantize, fake_quantize_rows, quantize_rows
 from fxaccel.kernels import fake_quantize as kernel
 from fxaccel.passes.quantized import Grid
+from tests.helpers import thinned
 
 FLOAT8 = torch.float8_e4m3fn
 D = torch.float64
@@ -70,9 +71,7 @@ def test_values_are_those_of_the_grid(grid, shape):
             assert torch.equal(f(w, scale.double(), zero, *given), clipped)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@grids
-@shapes
+@thinned(3, shape=SHAPES, grid=GRIDS, dtype=DTYPES)
 def test_values_in_other_dtypes(grid, shape, dtype):
     """fp32 rounds twice on the way to x, so that of two levels the farther is taken by 2 eps of x at most."""
     w, given = drawn(*shape, dtype=dtype), stored(grid, shape[1])
@@ -178,9 +177,7 @@ def clear(grid, w, scale, zero):
     return torch.where(same & ends, w, torch.zeros_like(w) if zero is None else (w * 0.999).to(w.dtype))
 
 
-@pytest.mark.parametrize("dtype", ALL, ids=str)
-@grids
-@shapes
+@thinned(3, shape=SHAPES, grid=GRIDS, dtype=ALL)
 def test_gradients(grid, shape, dtype):
     w, given = drawn(*shape, dtype=dtype), stored(grid, shape[1])
     scale, zero = (None if t is None else t.to(D if dtype == D else torch.float32) for t in scales(grid, w))
@@ -247,9 +244,7 @@ def test_any_tensor_by_one_scale(shape):
     assert bool(ds.isfinite())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@grids
-@shapes
+@thinned(3, shape=SHAPES, grid=GRIDS, dtype=DTYPES)
 def test_launch(grid, shape, dtype, device):
     """Bit for bit but in bf16, which the interpreter truncates."""
     w, given = drawn(*shape, dtype=dtype), stored(grid, shape[1])

@@ -15,6 +15,7 @@ from fxaccel.kernels import (
     rms_norm,
 )
 from fxaccel.kernels import norm_quantize as kernel
+from tests.helpers import thinned
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -100,10 +101,7 @@ def near(got, kind, x, r, w, b, eps, centred, offset, first):
     assert ((q.double() * by - y).abs() <= error + by * (step / 2 + 4 * single * top)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned(3, shape=SHAPES, dtype=DTYPES, norm=list(NORMS), kind=KINDS)
 def test_on_the_cpu_it_is_the_operators_in_sequence(shape, dtype, norm, kind):
     for added in (False, True):
         for weight in {dtype, torch.float64 if dtype == torch.float64 else torch.float32}:
@@ -124,10 +122,7 @@ def test_without_weights_and_bias(norm, how):
         same(getattr(kernel, how)(*bare, torch.int8), sequence("op", torch.int8, *bare))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dtype", LAUNCHED, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned(2, shape=SHAPES, dtype=LAUNCHED, norm=list(NORMS), kind=KINDS)
 def test_launch(shape, dtype, norm, kind, device):
     for added in (False, True):
         args = given(shape, dtype, norm, device, added, weight=torch.float32 if added else dtype)

@@ -30,6 +30,7 @@ def quantized(model, calls, *passes):
     return fast, fast.report()["quantize"]
 
 
+@pytest.mark.slow
 def test_a_gpt_trained_here_keeps_its_loss(bench):
     train, unseen = bench.parts()
     model = bench.trained(bench.GPT(64, 2), 120, rate=3e-3)
