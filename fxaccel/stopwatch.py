@@ -21,8 +21,8 @@ from fxaccel.ir import Program, Slot, is_tensor
 from fxaccel.proof import Claim, Fragment, key, materialise
 
 MARGIN = 1.03  # times as long, which a clock cannot tell from as long
-ENOUGH = (40.0, 400.0)  # ms that the runs of a site take together; of one that looks slower then
-MOST = 9  # rounds
+ENOUGH = (15.0, 400.0)  # ms that the runs of a site take together; of one that looks slower then
+MOST = 7  # rounds
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import fxaccel.gains
 from fxaccel.capture import Call
 from fxaccel.cli import app
 from fxaccel.errors import OptionError
@@ -43,12 +44,20 @@ def shown(monkeypatch, *times):
 
 
 def test_a_row_is_the_model_after_a_pass_and_all_before_it(monkeypatch):
-    steps = shown(monkeypatch, 8.0, 4.0, 2.0, 1.0)
+    steps, made = shown(monkeypatch, 8.0, 4.0, 2.0, 1.0), []
+    build = fxaccel.gains._made
+
+    def told(model, passes, *args):
+        made.append([getattr(one, "name", one) for one in passes])
+        return build(model, passes, *args)
+
+    monkeypatch.setattr(fxaccel.gains, "_made", told)
     found = gains(Block().eval(), ["fuse-glu", "fuse-norm", "fuse-rope"], Call((X,), {}), rounds=11)
     assert [(r.name, r.sites) for r in found.rows] == [
         (AS_WRITTEN, 0), (CAPTURED, 0), ("fuse-norm", 1), ("fuse-glu", 1),
     ]  # fmt: skip
     assert [(r.ms, r.low, r.high) for r in found.rows][:2] == [(8.0, 8.8, 15.2), (4.0, 4.4, 7.6)]
+    assert made[1:] == [[], ["fuse-norm"]]  # after the one with all
     results = [step() for step in steps]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])

@@ -201,6 +201,29 @@ def test_both_sides_compute_what_the_model_does(train, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Counts(fxaccel.Rule):
+    """cumsum of what is made a number first."""
+
+    name = "counts"
+
+    def pattern(self, op, x):
+        return op.aten.cumsum.default(x, 1)
+
+    def rewrite(self, op, m):
+        return op.aten.cumsum.default(op.aten.to.dtype(m.x, torch.int64), 1)
+
+    def refuse(self, m):
+        if m.val("x").dtype is not torch.bool:
+            yield "it counts nothing"
+
+
+def test_masks_let_everything_pass(monkeypatch):
+    asked = clocked(monkeypatch, (1.0, 0.5))
+    decided(Function(lambda x: x.cumsum(1)), Counts, X > 0, measure=True)
+    for run in asked[0]:
+        assert (run()[0][:, -1] == X.shape[1]).all()
+
+
 class Calls(TorchDispatchMode):
     """The operators that are called inside."""
 
