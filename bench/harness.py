@@ -4,7 +4,9 @@ Candidates run interleaved in one process on one thread; a candidate's time is t
 `time.thread_time()` over the rounds. Machines are noisy: quote ratios of one run, never times of two.
 """
 
+import ctypes
 import datetime
+import gc
 import json
 import platform
 import time
@@ -39,6 +41,22 @@ def interleaved(
         name: {"min": min(times), "median": sorted(times)[len(times) // 2], "max": max(times)}
         for name, times in taken.items()
     }
+
+
+def grown(step: Callable[[], Any]) -> int:
+    """By how many bytes this process grows at the most in a call, on Linux."""
+
+    def resident(line: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (found,) = [one.split() for one in lines if one.startswith(f"{line}:")]
+        return int(found[1]) * 1024
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have left is given back
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
 
 
 def environment() -> dict[str, str]:

@@ -8,12 +8,11 @@ own grows at the most. torch.compile, which fuses what is around the products, i
 
 import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import interleaved, save
+from harness import grown, interleaved, save
 from torch import Tensor
 
 from fxaccel.kernels import linear_cross_entropy
@@ -58,29 +57,19 @@ def counted(f: Callable[..., Tensor], shape: tuple[int, int, int]) -> int:
     return meter.peak
 
 
-def resident(line: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the most since it was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (found,) = [one.split() for one in lines if one.startswith(f"{line}:")]
-    return int(found[1]) * 1024
-
-
-def grown(name: str, shape: tuple[int, int, int], pipe: Any) -> None:
+def grows(name: str, shape: tuple[int, int, int], pipe: Any) -> None:
     """By how many bytes a process grows in a step."""
     torch.set_num_threads(1)
     step = stepped({"eager": eager, "fxaccel": ours}[name], tensors(*shape))
     stepped(ours, tensors(8, shape[1], 8))()  # libraries are loaded
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    step()
-    pipe.send(resident("VmHWM") - before)
+    pipe.send(grown(step))
 
 
 def process(name: str, shape: tuple[int, int, int]) -> int:
     """The same, measured in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=grown, args=(name, shape, sender))
+    child = context.Process(target=grows, args=(name, shape, sender))
     child.start()
     found = receiver.recv()
     child.join()
