@@ -305,6 +305,32 @@ residual.other += [
 ]
 
 
+def rows(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """GPT-2's Conv1D."""
+    return torch.addmm(b, x.view(-1, x.size(-1)), w).view((*x.size()[:-1], w.shape[1]))
+
+
+def new_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(K * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+# Of one batch, its rows are a squeeze, which what comes behind is not to meet.
+single = idiom(
+    "MLP of a single batch", "permute linear gelu linear add",
+    (1, S, E), w=(E, M), b=(M,), v=(M, E), c=(E,),
+)  # fmt: skip
+single.same += [
+    lambda m, x: x + F.linear(F.gelu(F.linear(x, m.w.t(), m.b), approximate="tanh"), m.v.t(), m.c),
+    lambda m, x: rows(new_gelu(rows(x, m.w, m.b)), m.v, m.c) + x,
+    lambda m, x: x + (new_gelu(x.squeeze(0) @ m.w + m.b) @ m.v + m.c).unsqueeze(0),
+    lambda m, x: rows(new_gelu(rows(x.view(1, -1, 3, 4).reshape(1, -1, E), m.w, m.b)), m.v, m.c) + x,
+]
+single.other += [
+    lambda m, x: rows(new_gelu(rows(x, m.w, m.b)), m.v, m.c) - x,
+    lambda m, x: x[0] + rows(new_gelu(rows(x, m.w, m.b)), m.v, m.c)[0],
+]
+
+
 # -- small things ----------------------------------------------------------------------------------
 
 glu = idiom("glu", "split sigmoid mul", w=(12,))

@@ -90,7 +90,9 @@ def canonicalize(program: Program) -> list[str]:
     e = Editor(program)
     for _ in range(_ROUNDS):
         if not _round(e):
-            break
+            if e.late:
+                break
+            e.late = True
     else:
         raise RuleError(f"the canonical form was not reached in {_ROUNDS} rounds: {dict(e.counts)}")
     if schedule(program):

@@ -60,6 +60,7 @@ class Editor:
         self.regions: tuple[ir.Region, ...] = ()
         self.done: set[fx.Node] = set()  # nodes whose arguments are known to be in normal form
         self.counts: Counter[str] = Counter()
+        self.late = False  # whether nothing is left to do but what would hide from steps what they look for
         self.relaid: set[fx.Node] = set()  # nodes laid out otherwise than what they took the place of
         self.remade: set[fx.Node] = set()  # nodes with an effect that stand again elsewhere
         self._shapes: dict[int, tuple[Any, Shape]] = {}

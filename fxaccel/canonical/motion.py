@@ -109,7 +109,7 @@ def _value_before(e: Editor, node: fx.Node, x: fx.Node) -> Tensor | None:
     return known if known.dtype == val.dtype and is_dense(known) else None
 
 
-@on(aten.reshape.default)
+@on(aten.reshape.default, aten.unsqueeze.default)
 def reshape_before(e: Editor, node: fx.Node) -> fx.Node | None:
     """Rows that were flattened only for a while (linear, elementwise) never are."""
     chain: list[fx.Node] = []
@@ -119,7 +119,8 @@ def reshape_before(e: Editor, node: fx.Node) -> fx.Node | None:
         flat = flat.args[0]
         if chain[-1].target in _WITH_NUMBER and any(is_tensor(o) and rank(o) > 1 for o in chain[-1].args):
             return None
-    if not chain or not e.once(flat, aten.reshape.default) or e.shape(node)[-1:] != e.shape(chain[0])[-1:]:
+    views = (aten.reshape.default, aten.squeeze.dims)  # of one batch it is this
+    if not chain or not e.once(flat, *views) or e.shape(node)[-1:] != e.shape(chain[0])[-1:]:
         return None
     sizes = e.sizes((*e.shape(node)[:-1], e.shape(flat)[-1]))
     if sizes is None:

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor, Shape, aten, on
 from fxaccel.canonical.values import dtype, is_dense, is_tensor, rank
+from fxaccel.ir import is_call
 
 # -- permuting -------------------------------------------------------------------------------------
 
@@ -202,8 +203,8 @@ def needless_expand(e: Editor, node: fx.Node) -> fx.Node | None:
     """An `expand`, or sizes of 1 in front, that broadcasting makes up for are gone."""
     shape, changed = e.shape(node), False
     for i, arg in enumerate(node.args):
-        if not is_tensor(arg):
-            continue
+        if not is_tensor(arg) or (is_call(arg, aten.unsqueeze.default) and not e.late):
+            continue  # what was flattened from one batch is to meet that first
         others = [e.shape(a) for j, a in enumerate(node.args) if j != i and is_tensor(a)]
         for x in narrower(e, arg):
             if broadcast_shape([*others, e.shape(x)]) == shape:
