@@ -6,6 +6,7 @@ See README.md for the tutorial, `fxaccel.rule` for how a pass is written.
 """
 
 from fxaccel.artifact import load
+from fxaccel.bisect import bisect
 from fxaccel.errors import (
     ArtifactError,
     CaptureError,
@@ -21,6 +22,6 @@ from fxaccel.rule import Pass, Rule, Rules, register
 
 __all__ = [
     "AcceleratedModule", "ArtifactError", "Budget", "CaptureError", "FxaccelError", "OptionError", "Pass",
-    "ProofError", "Rule", "RuleError", "Rules", "StageError", "accelerate", "load", "register",
+    "ProofError", "Rule", "RuleError", "Rules", "StageError", "accelerate", "bisect", "load", "register",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The `fxaccel` command: passes, diff, explain, verify, bench, plan.
+"""The `fxaccel` command: passes, diff, explain, verify, bisect, bench, plan.
 
 Exit codes: 0 nothing differs (or all is proved), 1 something differs (or a proof failed), 2 an error.
 """
@@ -130,6 +130,26 @@ def verify(
         found = fast.verify()
         _say(str(found))
     raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def bisect(
+    model: Model,
+    check: Annotated[str, typer.Option(help="package.module:callable of a model; whether it does right")],
+    pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
+    repro: Annotated[Path | None, typer.Option(help="write a script that runs the first site alone")] = None,
+    allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Which rewrites make a check of yours fail: exit code 0 none, 1 those that are named."""
+    with _reported(debug):
+        made, example = _described(model, pass_, inputs, load, train)
+        with _progress(f"bisecting {model}"):
+            found = fxaccel.bisect(made, _imported(check), pass_, example_inputs=example, allow=allow)
+        for line in [found.to_json()] if as_json else str(found).splitlines():
+            _say(line)
+        if repro is not None and found.suspects:
+            repro.write_text(found.repro())
+    raise typer.Exit(1 if found.suspects else 0)
 
 
 @app.command()
@@ -281,19 +301,25 @@ def _whole(fast: Any) -> Any:
     return program
 
 
-def _model(name: str) -> tuple[nn.Module, Any]:
+def _imported(name: str) -> Any:
+    """What `package.module:attribute` names."""
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise OptionError(f"{name!r} does not name a model", "write package.module:callable")
+        raise OptionError(f"{name!r} does not name a callable", "write package.module:callable")
     sys.path.insert(0, "")  # as `python -m` does: the model may lie in the present folder
     try:
-        build: Any = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
-            build = getattr(build, part)
+            found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise OptionError(f"{name} cannot be imported: {error}", "name it package.module:callable") from error
     finally:
         sys.path.remove("")
+    return found
+
+
+def _model(name: str) -> tuple[nn.Module, Any]:
+    build = _imported(name)
     made = build if isinstance(build, nn.Module) else build()
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):

@@ -37,7 +37,7 @@ from fxaccel.pattern import Match, Miss, Ops
 from fxaccel.proof import Claim, Manifest, Proof, composed, describe, fragment, prove
 from fxaccel.quality import Budget
 from fxaccel.report import CaptureReport, PassReport, Site
-from fxaccel.rule import NUMERICS, STEPS, Pass, Rule, Search
+from fxaccel.rule import NUMERICS, STEPS, Pass, Rule, Rules, Search
 from fxaccel.stopwatch import Stopwatch, Times
 
 ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
@@ -113,12 +113,13 @@ class Run:
 
 def run(
     program: Program, passes: Sequence[Pass], *, allow: str = "reassociated", strict: bool = False,
-    stopwatch: Stopwatch | None = None,
+    stopwatch: Stopwatch | None = None, only: frozenset[str] | None = None,
 ) -> Run:  # fmt: skip
     """Run `passes` (already ordered) over a canonical program.
 
     What passes that are not exact change is measured on the program's calibration, if it has one. With a
-    `stopwatch`, sites of local rules that are slower than before are refused.
+    `stopwatch`, sites of local rules that are slower than before are refused. `only` has the `site_key` of
+    sites, and names of passes that are no local rules: all others are left as they are.
     """
     result = Run(program, CaptureReport(mode(program.training, program.grad)))
     program.guards += assumed(program)
@@ -126,11 +127,11 @@ def run(
         record = PassReport(one.name)
         result.report.passes.append(record)
         started = time.perf_counter()
-        why = _unfit(one, program, allow)
+        why = _unfit(one, program, allow, only)
         if why:
             record.error = why
         else:
-            driver = Driver(result.program.copy(), one, record, result.manifest, stopwatch)
+            driver = Driver(result.program.copy(), one, record, result.manifest, stopwatch, only)
             result.program = _transaction(driver, result.program, strict)
             _absorb(one, result.program)
         record.seconds = time.perf_counter() - started
@@ -151,12 +152,19 @@ def mode(training: bool, grad: bool) -> str:
     return f"{'training' if training else 'eval'}{'' if grad else ', no gradients'}"
 
 
-def _unfit(one: Pass, program: Program, allow: str) -> str:
+def site_key(name: str, site: Site) -> str:
+    """What names a site of a pass in every run over one graph."""
+    return f"{name} {site.rule} {site.node}"
+
+
+def _unfit(one: Pass, program: Program, allow: str, only: frozenset[str] | None) -> str:
     if NUMERICS.index(one.numerics) > NUMERICS.index(allow):
         return f"it is of class {one.numerics!r} and allow={allow!r}; pass allow={one.numerics!r} to use it"
     use = "training" if program.grad else "inference"
     if use not in one.serves:
         return f"it serves {' and '.join(one.serves)} only, and this capture is for {use}"
+    if only is not None and not isinstance(one, Rules) and one.name not in only:
+        return "it is left out"
     return ""
 
 
@@ -264,10 +272,10 @@ class Driver:
 
     def __init__(
         self, program: Program, one: Pass, record: PassReport, manifest: Manifest,
-        stopwatch: Stopwatch | None = None,
+        stopwatch: Stopwatch | None = None, only: frozenset[str] | None = None,
     ) -> None:  # fmt: skip
         self.program, self.one, self.record, self.manifest = program, one, record, manifest
-        self.stopwatch = stopwatch
+        self.stopwatch, self.only = stopwatch, only
         self.relaid: set[fx.Node] = set()  # nodes with other strides than what they took the place of
 
     def applied(self, node: fx.Node, why: str = "", rule: str = "", proof: str = "") -> None:
@@ -396,13 +404,19 @@ class _Local:
                 self.seen.add((name, root))
                 self.driver.record.near_misses.append(self.driver._site(root, found.why, name))
             return []
-        why = [*_sentences(rule, found), *self.obstacles(rule, found)]
+        why = [*_sentences(rule, found), *self.obstacles(rule, found), *self.left_out(name, root)]
         if why:
             if (name, root) not in self.seen:
                 self.seen.add((name, root))
                 self.driver.refused(root, "; ".join(why), name)
             return []
         return self.replace(rule, found)
+
+    def left_out(self, name: str, root: fx.Node) -> Iterable[str]:
+        """Whether the run is to leave this site as it is."""
+        only, site = self.driver.only, self.driver._site(root, "", name)
+        if only is not None and site_key(self.driver.one.name, site) not in only:
+            yield "it is left out"
 
     def obstacles(self, rule: Rule, m: Match) -> Iterable[str]:
         """What no rule may do: lose a value that is read, reorder writes, mix regions."""

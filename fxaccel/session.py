@@ -46,6 +46,7 @@ class Settings:
     max_captures: int
     calibration: tuple[Call, ...] = ()
     measure: bool = False
+    only: frozenset[str] | None = None
 
     @classmethod
     def make(
@@ -309,7 +310,7 @@ class Session:
         measure = self.settings.measure and not torch.are_deterministic_algorithms_enabled()
         run = manager.run(
             canonical, passes, allow=self.settings.allow, strict=self.settings.strict,
-            stopwatch=self.stopwatch if measure else None,
+            stopwatch=self.stopwatch if measure else None, only=self.settings.only,
         )  # fmt: skip
         canonical.calibration = run.program.calibration = None  # it holds the user's calls
         run.program.drop_unused_state()

@@ -136,7 +136,7 @@ def test_verify_runs_the_proofs_again(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("diff", "cli_models"), "does not name a model"),
+        (("diff", "cli_models"), "does not name a callable"),
         (("diff", "absent.module:build"), "cannot be imported"),
         (("diff", "cli_models:absent"), "cannot be imported"),
         (("diff", "cli_models:number"), "expected an nn.Module"),
