@@ -1,0 +1,126 @@
+"""Add a bias and run the activation behind it as one kernel.
+
+    y = gelu(linear(x, w, b))         =>   y = fxaccel.bias_activation(linear(x, w), b, 'gelu')
+    y = relu(x + b)                   =>   y = fxaccel.bias_activation(x, b, 'relu')
+    y = x * sigmoid(1.702 * x)        =>   y = fxaccel.bias_activation(x, None, 'quick_gelu')
+
+Fires on   relu, gelu with erf and with tanh, silu, tanh, sigmoid, mish and hardswish behind a bias over the
+           last dimension, of a linear in training on a GPU, or written out; quick_gelu and relu(x)**2, which
+           are several operators, behind anything. A gate of a product is left to fuse-glu.
+Saves      on a GPU, of a linear's bias, 1 of 4 tensor-sized transfers backward, for its gradient is summed in
+           the same kernel; where the bias is written out 2 of 4 forward, too; of quick_gelu 5 of 7 forward,
+           and one of 2 tensors kept for backward. On the CPU an allocation in inference.
+Exact      on the CPU bit for bit; on a GPU the sum is not rounded before the activation.
+Source     Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from fxaccel.ir import Program, expr, is_call
+from fxaccel.kernels import bias_activation as kernel
+from fxaccel.passes import _gated
+from fxaccel.passes._activations import SEVERAL, activation, whole, written
+from fxaccel.rule import Match, Ops, Refusals, Rule, Rules, register
+
+aten = torch.ops.aten
+
+
+def unequal(x: torch.Tensor, b: torch.Tensor) -> Refusals:
+    """Why sizes that no kernel can tell apart are not equal."""
+    if expr(b.shape[0]) != expr(x.shape[-1]):
+        yield f"b has {b.shape[0]} elements and rows of x {x.shape[-1]}, which are not known to be equal"
+
+
+def gates(m: Match) -> bool:
+    """Whether it is one factor of a gated activation."""
+    if activation(m) not in _gated.NAMES or len(m.root.users) > 1:
+        return False
+    product = next(iter(m.root.users))
+    if not is_call(product, aten.mul.Tensor):
+        return False
+    values = [getattr(a, "meta", {}).get("val") for a in product.args]
+    tensors = all(isinstance(v, torch.Tensor) for v in values)
+    return tensors and product.args[0] is not product.args[1] and not list(_gated.unequal(*values))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fused(Rule):
+    """What both rules have in common."""
+
+    even_if_slower: bool = False
+
+    def slower(self, m: Match) -> Refusals:
+        """Why the operators run as they are."""
+        on_cpu, of_linear = m.root.meta["val"].device.type == "cpu", m.chose("linear")
+        if self.even_if_slower:
+            return
+        if on_cpu and of_linear:
+            yield "on the CPU the product adds the bias, and to write over its result saves no time"
+        elif on_cpu and m.program.grad:
+            yield "with gradients the CPU runs torch's own operators, and would after this rewrite"
+        elif of_linear and not m.program.grad:
+            yield "without gradients the product adds the bias, and all else is as much to read and write"
+
+
+class BiasActivation(Fused):
+    """An activation behind a bias becomes one kernel with it."""
+
+    def pattern(self, op: Ops, x, w, b):
+        return written(op, op.either(linear=op.aten.linear.default(x, w, b), sum=op.aten.add.Tensor(x, b)))
+
+    def refuse(self, m: Match) -> Refusals:
+        x, b = m.root.meta["val"] if m.chose("linear") else m.val("x"), m.val("b")
+        if not isinstance(b, torch.Tensor):
+            yield "the linear has no bias" if b is None else f"what is added is the number {b}"
+            return
+        if name := whole(m.program, m.root):
+            yield f"it is a part of {name}"
+        if gates(m):
+            yield "it gates a product, of which fuse-glu makes one kernel"
+        yield from list(kernel.unsupported(x, b, activation(m))) or unequal(x, b)
+        yield from self.slower(m)
+
+    def rewrite(self, op: Ops, m: Match):
+        x = op.aten.linear.default(m.x, m.w) if m.chose("linear") else m.x
+        return op.fxaccel.bias_activation.default(x, m.b, activation(m))
+
+    def remark(self, m: Match) -> str:
+        of = "behind the bias of a linear" if m.chose("linear") else "of a sum"
+        return f"{activation(m)} {of}"
+
+
+class OneActivation(Fused):
+    """An activation of several operators becomes one kernel."""
+
+    def pattern(self, op: Ops, x):
+        return written(op, x, SEVERAL)
+
+    def refuse(self, m: Match) -> Refusals:
+        yield from kernel.unsupported(m.val("x"), None, activation(m))
+        yield from self.slower(m)
+
+    def rewrite(self, op: Ops, m: Match):
+        return op.fxaccel.bias_activation.default(m.x, None, activation(m))
+
+    def remark(self, m: Match) -> str:
+        return activation(m)
+
+
+@register
+class FuseActivation(Rules):
+    """Activations become one kernel with the bias before them.
+
+    even_if_slower    fuse where nothing is gained too: on the CPU, and of linears without gradients
+    """
+
+    name = "fuse-activation"
+    step = "lower"
+
+    even_if_slower: bool = False
+
+    def apply(self, program: Program, plan: Any, driver: Any) -> None:
+        """Every site of both rules."""
+        driver.rewrite([rule(even_if_slower=self.even_if_slower) for rule in (BiasActivation, OneActivation)])
