@@ -1,0 +1,158 @@
+"""Bias and activation on the CPU, in inference: python bench/bias_activation.py
+
+What fuse-activation writes ("direct") against torch's operators, on sums that are written out, alone, and
+behind a linear, whose product adds the bias. There also what the pass does not write because it does not pay:
+the activation over the linear's result ("over"), product, sum and activation as three ("apart"), and oneDNN's
+linear with the activation behind it ("onednn"), where it has one. "again" is the first candidate once more:
+by what it differs from 1 other figures may. "without" leaves the activation out, the most that can be gained.
+Then a GPT of 4 layers. Above 1, the candidate is faster than torch's operators.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import interleaved, save
+from norm import keep_memory
+from torch import Tensor, nn
+
+from fxaccel.kernels import _activations
+from fxaccel.kernels import bias_activation as kernel
+
+LINEARS = ((256, 1024), (768, 3072))
+ROWS = (16, 128, 1024)
+ONEDNN = {
+    "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", ""),
+    "tanh": ("tanh", ""), "sigmoid": ("sigmoid", ""),
+}  # fmt: skip
+
+
+def onednn(x: Tensor, w: Tensor, b: Tensor, activation: str) -> Tensor:
+    """A linear with the activation behind it, as torch's own compiler calls it."""
+    kind, how = ONEDNN[activation]
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, b, kind, [], how)
+    return made
+
+
+def ratios(candidates: dict[str, Callable[[], Any]], repeat: int, rounds: int = 21) -> dict[str, float]:
+    """Of the time of "torch" to that of each."""
+    with torch.no_grad():
+        times = interleaved(candidates, rounds=rounds, repeat=repeat)
+    first = times["torch"]["min"]
+    return {"seconds": first} | {k: round(first / t["min"], 3) for k, t in times.items() if k != "torch"}
+
+
+def elementwise(rows: int, columns: int, dtype: torch.dtype, activation: str) -> dict[str, dict[str, float]]:
+    """A sum that is written out, and the activation alone where it is several operators."""
+    x, b = torch.randn(rows, columns).to(dtype), torch.randn(columns).to(dtype)
+    found = {}
+    for what, bias in (("sum", b), ("alone", None)):
+        if bias is not None or activation in kernel.SEVERAL:
+            ways = {
+                "torch": lambda bias=bias: kernel.reference(x, bias, activation),
+                "direct": lambda bias=bias: kernel.direct(x, bias, activation),
+                "again": lambda bias=bias: kernel.reference(x, bias, activation),
+            }
+            found[what] = ratios(ways, max(1, min(100, 1_000_000 // x.numel())))
+    return found
+
+
+def behind_linear(rows: int, inner: int, outer: int, activation: str) -> dict[str, float]:
+    """The candidates behind a product that adds the bias, in float32."""
+    x, w, b = torch.randn(rows, inner), torch.randn(outer, inner) / inner**0.5, torch.randn(outer)
+    plain, over = _activations.ACTIVATIONS[activation], _activations.OVER[activation]
+    ways: dict[str, Callable[[], Any]] = {
+        "torch": lambda: plain(F.linear(x, w, b)),
+        "again": lambda: plain(F.linear(x, w, b)),
+        "direct": lambda: kernel.direct(F.linear(x, w, b), None, activation),
+        "over": lambda: over(F.linear(x, w, b)),
+        "apart": lambda: over(F.linear(x, w).add_(b)),
+        "without": lambda: F.linear(x, w, b),
+    }
+    if activation in ONEDNN:
+        ways["onednn"] = lambda: onednn(x, w, b, activation)
+    return ratios(ways, max(1, min(50, 200_000_000 // (rows * inner * outer))))
+
+
+class Block(nn.Module):
+    """A pre-norm block of a GPT, whose linear and activation are `way`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, way: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(b, t, 3, c // 64, 64).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(way(self.norms[1](x), self.up))
+
+
+def whole(width: int, shape: tuple[int, int], activation: str) -> dict[str, float]:
+    """Four blocks."""
+    torch.manual_seed(0)
+    blocks, x = [Block(width) for _ in range(4)], torch.randn(*shape, width)
+    plain, over = _activations.ACTIVATIONS[activation], _activations.OVER[activation]
+    linears: dict[str, Callable[[Tensor, nn.Linear], Tensor]] = {
+        "torch": lambda x, up: plain(up(x)),
+        "again": lambda x, up: plain(up(x)),
+        "direct": lambda x, up: kernel.direct(up(x), None, activation),
+        "over": lambda x, up: over(up(x)),
+        "without": lambda x, up: up(x),
+    }
+    if activation in ONEDNN:
+        linears["onednn"] = lambda x, up: onednn(x, up.weight, up.bias, activation)
+
+    def step(way: Callable[[Tensor, nn.Linear], Tensor]) -> None:
+        y = x
+        for block in blocks:
+            y = block(y, way)
+
+    repeat = max(1, 30_000_000 // (shape[0] * shape[1] * width * width))
+    return ratios({k: (lambda way=way: step(way)) for k, way in linears.items()}, repeat)
+
+
+def told(case: str, found: list[dict[str, float]]) -> None:
+    """Least, most and median of every candidate."""
+    names = [n for n in found[0] if n != "seconds"]
+    parts = []
+    for n in names:
+        r = [f[n] for f in found if n in f]
+        parts.append(f"{n} {min(r):.2f} to {max(r):.2f}, {statistics.median(r):.2f}")
+    print(f"{case:34}", "; ".join(parts), flush=True)
+
+
+def main() -> None:
+    """Every size and activation, then models."""
+    keep_memory()
+    torch.manual_seed(0)
+    figures: dict[str, Any] = {}
+    for dtype, columns, rows in itertools.product((torch.float32, torch.bfloat16), (1024, 3072), ROWS):
+        case = f"{str(dtype)[6:]} [{rows}, {columns}]"
+        for activation in kernel.ACTIVATIONS:
+            for what, found in elementwise(rows, columns, dtype, activation).items():
+                figures[f"{what} {case} {activation}"] = found
+        for what in ("sum", "alone"):
+            told(f"{what} {case}", [v for k, v in figures.items() if k.startswith(f"{what} {case}")])
+    for (inner, outer), rows in itertools.product(LINEARS, ROWS):
+        for activation in kernel.ACTIVATIONS:
+            found = figures[f"linear {inner} to {outer}, {rows} rows, {activation}"] = behind_linear(
+                rows, inner, outer, activation
+            )
+            print(f"linear {inner} to {outer}, {rows} rows, {activation}", found, flush=True)
+    for width, shape, activation in itertools.product(
+        (256, 768), ((1, 16), (2, 128)), ("gelu", "gelu_tanh", "quick_gelu", "relu_squared")
+    ):
+        found = figures[f"GPT {width} on {list(shape)}, {activation}"] = whole(width, shape, activation)
+        print(f"GPT {width} on {list(shape)}, {activation}", found, flush=True)
+    save("bias_activation_cpu", figures)
+
+
+if __name__ == "__main__":
+    main()
