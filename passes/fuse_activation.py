@@ -3,14 +3,18 @@
     y = gelu(linear(x, w, b))         =>   y = fxaccel.bias_activation(linear(x, w), b, 'gelu')
     y = relu(x + b)                   =>   y = fxaccel.bias_activation(x, b, 'relu')
     y = x * sigmoid(1.702 * x)        =>   y = fxaccel.bias_activation(x, None, 'quick_gelu')
+    y = gelu_tanh(linear(x, w, b))    =>   y = fxaccel.linear_activation(x, w, b, 'gelu_tanh')
 
 Fires on   relu, gelu with erf and with tanh, silu, tanh, sigmoid, mish and hardswish behind a bias over the
            last dimension, of a linear in training on a GPU, or written out; quick_gelu and relu(x)**2, which
-           are several operators, behind anything. A gate of a product is left to fuse-glu.
+           are several operators, behind anything. Gelu with a tanh of a linear in inference on the CPU, in
+           float32, is one call of oneDNN. A gate of a product is left to fuse-glu.
 Saves      on a GPU, of a linear's bias, 1 of 4 tensor-sized transfers backward, for its gradient is summed in
            the same kernel; where the bias is written out 2 of 4 forward, too; of quick_gelu 5 of 7 forward,
-           and one of 2 tensors kept for backward. On the CPU an allocation in inference.
-Exact      on the CPU bit for bit; on a GPU the sum is not rounded before the activation.
+           and one of 2 tensors kept for backward. On the CPU an allocation in inference,
+           or most of the time of a tanh.
+Exact      on the CPU bit for bit, but for what oneDNN sums in another order; on a GPU the sum is not rounded
+           before the activation.
 Source     Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053.
 """
 
@@ -21,11 +25,13 @@ import torch
 
 from fxaccel.ir import Program, expr, is_call
 from fxaccel.kernels import bias_activation as kernel
+from fxaccel.kernels import linear_activation
 from fxaccel.passes import _gated
 from fxaccel.passes._activations import SEVERAL, activation, whole, written
 from fxaccel.rule import Match, Ops, Refusals, Rule, Rules, register
 
 aten = torch.ops.aten
+GATES = "it gates a product, of which fuse-glu makes one kernel"
 
 
 def unequal(x: torch.Tensor, b: torch.Tensor) -> Refusals:
@@ -79,7 +85,7 @@ class BiasActivation(Fused):
         if name := whole(m.program, m.root):
             yield f"it is a part of {name}"
         if gates(m):
-            yield "it gates a product, of which fuse-glu makes one kernel"
+            yield GATES
         yield from list(kernel.unsupported(x, b, activation(m))) or unequal(x, b)
         yield from self.slower(m)
 
@@ -90,6 +96,28 @@ class BiasActivation(Fused):
     def remark(self, m: Match) -> str:
         of = "behind the bias of a linear" if m.chose("linear") else "of a sum"
         return f"{activation(m)} {of}"
+
+
+class LinearActivation(Rule):
+    """A linear and an activation that oneDNN computes behind its product become one call of it."""
+
+    def pattern(self, op: Ops, x, w, b):
+        return written(op, op.aten.linear.default(x, w, b), tuple(linear_activation.ACTIVATIONS))
+
+    def refuse(self, m: Match) -> Refusals:
+        if m.program.grad:
+            yield "its product in one call with the activation has no gradients"
+        if gates(m):
+            yield GATES
+        if m.root.meta["val"].dtype != m.val("x").dtype:
+            yield f"the result is {m.root.meta['val'].dtype}: autocast rounds what is multiplied"
+        yield from linear_activation.unsupported(*m.val("x", "w", "b"), activation(m))
+
+    def rewrite(self, op: Ops, m: Match):
+        return op.fxaccel.linear_activation.default(m.x, m.w, m.b, activation(m))
+
+    def remark(self, m: Match) -> str:
+        return f"{activation(m)} in the product of a linear"
 
 
 class OneActivation(Fused):
@@ -122,5 +150,6 @@ class FuseActivation(Rules):
     even_if_slower: bool = False
 
     def apply(self, program: Program, plan: Any, driver: Any) -> None:
-        """Every site of both rules."""
-        driver.rewrite([rule(even_if_slower=self.even_if_slower) for rule in (BiasActivation, OneActivation)])
+        """Every site of all rules."""
+        how = {"even_if_slower": self.even_if_slower}
+        driver.rewrite([LinearActivation(), BiasActivation(**how), OneActivation(**how)])

@@ -14,7 +14,7 @@ from fxaccel.listing import listing
 from fxaccel.passes import FuseActivation
 from fxaccel.passes._activations import NAMES
 from fxaccel.passes.fuse_activation import BiasActivation, OneActivation
-from tests.helpers import Function, session, targets
+from tests.helpers import Function, Method, session, targets
 
 F = nn.functional
 aten = torch.ops.aten
@@ -113,6 +113,34 @@ def test_what_is_several_operators_is_one_behind_anything(name):
         assert site.why == name
         with torch.no_grad():
             assert torch.equal(fast(X), model(X))
+
+
+def test_in_the_product_of_a_linear():
+    model = Layer(SPELLINGS["gelu_tanh"][0])
+    fast = accelerated(model, X, passes=["fuse-activation"])
+    assert text(fast)[0] == ("%gelu = fxaccel.linear_activation(%x, %p_up_weight, %p_up_bias, 'gelu_tanh')")
+    assert fast.report()["fuse-activation"].applied[0].why == "gelu_tanh in the product of a linear"
+    x = torch.randn(2, 2**25 // (WIDTH * INNER) // 2 + 1, WIDTH)  # as many as oneDNN takes
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+        assert torch.equal(fast(X), model(X))
+    again = manager.run(session(fast).all[0].program, [FuseActivation()]).report.passes[0]
+    assert (again.applied, again.refused, again.error) == ([], [], "")
+
+
+def test_no_product_of_a_linear_where_it_is_another():
+    model, why = (
+        Layer(SPELLINGS["gelu_tanh"][0]),
+        "its product in one call with the activation has no gradients",
+    )
+    trained = accelerated(model, X, grad=True, passes=["fuse-activation"]).report()["fuse-activation"]
+    assert [s.why for s in trained.refused] == [why, SLOWER]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = accelerated(model, X, passes=["fuse-activation"]).report()["fuse-activation"]
+    assert "the result is torch.bfloat16: autocast rounds what is multiplied" in cast.refused[0].why
+    gated = Method(lambda self, x: F.gelu(self.up(x), approximate="tanh") * x, up=nn.Linear(WIDTH, WIDTH))
+    gate = accelerated(gated, X, passes=["fuse-activation"]).report()["fuse-activation"]
+    assert gate.refused[0].why == DECLINED["gate"][1]
 
 
 class Gated(nn.Module):
