@@ -1,17 +1,18 @@
 """Bias and activation on the CPU, in inference: python bench/bias_activation.py
 
-What fuse-activation writes ("ours") against torch's operators: on sums that are written out, alone, and behind
-a linear, whose product adds the bias; there it is oneDNN's product of gelu_tanh, the activation alone of those
-of several operators, and nothing else. What was tried there besides: the activation over the linear's result
-("over"), product, sum and activation as three ("apart"), the linear of oneDNN with the activation behind it
-("onednn"), where it has one. "without" leaves the activation out: the most that can be gained. Then a GPT of 4
-layers. Above 1, the candidate is faster than torch's operators, which run twice; "noise" is how far these two
-are apart, which is what other figures may be off by.
+What fuse-activation writes ("ours") against torch's operators: on sums that are written out, alone, and
+behind a linear, whose product adds the bias; there it is oneDNN's product of gelu_tanh, the activation alone
+of those of several operators, and nothing else. What was tried there besides: the activation over the
+linear's result ("over"), product, sum and activation as three ("apart"), and oneDNN's linear with the
+activation behind it ("onednn"), where it has one. "without" leaves the activation out: the most that can be
+gained. Then a GPT of 4 layers. Above 1, the candidate is faster than torch's operators, which run twice;
+"noise" is how far these two are apart, which is what other figures may be off by.
 """
 
 import itertools
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,9 +65,9 @@ def elementwise(rows: int, columns: int, dtype: torch.dtype, activation: str) ->
     found = {}
     for what, bias in (("sum", b), ("alone", None)):
         if bias is not None or activation in kernel.SEVERAL:
-            ways = {
-                "torch": lambda bias=bias: kernel.reference(x, bias, activation),
-                "ours": lambda bias=bias: kernel.direct(x, bias, activation),
+            ways: dict[str, Callable[[], Any]] = {
+                "torch": partial(kernel.reference, x, bias, activation),
+                "ours": partial(kernel.direct, x, bias, activation),
             }
             found[what] = ratios(ways, max(1, min(100, 1_000_000 // x.numel())))
     return found
@@ -85,7 +86,7 @@ def behind_linear(rows: int, inner: int, outer: int, activation: str) -> dict[st
     if activation in ONEDNN:
         ways["onednn"] = lambda: onednn(x, w, b, activation)
     if (ours := written(activation)) is not None:
-        ways["ours"] = lambda: ours(x, w, b)
+        ways["ours"] = partial(ours, x, w, b)
     return ratios(ways, max(1, min(50, 200_000_000 // (rows * inner * outer))))
 
 
@@ -118,7 +119,8 @@ def whole(width: int, shape: tuple[int, int], activation: str) -> dict[str, floa
     }
     if activation in ONEDNN:
         linears["onednn"] = lambda x, up: onednn(x, up.weight, up.bias, activation)
-    if (ours := written(activation)) is not None:
+    ours = written(activation)
+    if ours is not None:
         linears["ours"] = lambda x, up: ours(x, up.weight, up.bias)
 
     def step(way: Callable[[Tensor, nn.Linear], Tensor]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fxaccel.ir import Program, expr, is_call
+from fxaccel.ir import Program, expr, is_call, is_tensor
 from fxaccel.kernels import bias_activation as kernel
 from fxaccel.kernels import linear_activation
 from fxaccel.passes import _gated
@@ -42,14 +42,13 @@ def unequal(x: torch.Tensor, b: torch.Tensor) -> Refusals:
 
 def gates(m: Match) -> bool:
     """Whether it is one factor of a gated activation."""
-    if activation(m) not in _gated.NAMES or len(m.root.users) > 1:
+    if activation(m) not in _gated.NAMES or len(m.root.users) != 1:
         return False
     product = next(iter(m.root.users))
     if not is_call(product, aten.mul.Tensor):
         return False
-    values = [getattr(a, "meta", {}).get("val") for a in product.args]
-    tensors = all(isinstance(v, torch.Tensor) for v in values)
-    return tensors and product.args[0] is not product.args[1] and not list(_gated.unequal(*values))
+    values = [a.meta["val"] for a in product.all_input_nodes if is_tensor(a.meta["val"])]
+    return len(values) == 2 and not list(_gated.unequal(*values))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +59,16 @@ class Fused(Rule):
 
     def slower(self, m: Match) -> Refusals:
         """Why the operators run as they are."""
-        on_cpu, of_linear = m.root.meta["val"].device.type == "cpu", m.chose("linear")
+        y, of_linear = m.root.meta["val"], m.chose("linear")
+        on_cpu = y.device.type == "cpu"
         if self.even_if_slower:
             return
         if on_cpu and of_linear:
             yield "on the CPU the product adds the bias, and to write over its result saves no time"
         elif on_cpu and m.program.grad:
             yield "with gradients the CPU runs torch's own operators, and would after this rewrite"
+        elif on_cpu and y.itemsize < 4:
+            yield f"on the CPU {y.dtype} takes its time in casts, and an allocation less saves none"
         elif of_linear and not m.program.grad:
             yield "without gradients the product adds the bias, and all else is as much to read and write"
 
@@ -105,13 +107,14 @@ class LinearActivation(Rule):
         return written(op, op.aten.linear.default(x, w, b), tuple(linear_activation.ACTIVATIONS))
 
     def refuse(self, m: Match) -> Refusals:
+        x, w, b = m.val("x", "w", "b")
         if m.program.grad:
             yield "its product in one call with the activation has no gradients"
         if gates(m):
             yield GATES
-        if m.root.meta["val"].dtype != m.val("x").dtype:
+        if m.root.meta["val"].dtype != x.dtype:
             yield f"the result is {m.root.meta['val'].dtype}: autocast rounds what is multiplied"
-        yield from linear_activation.unsupported(*m.val("x", "w", "b"), activation(m))
+        yield from linear_activation.unsupported(x, w, b, activation(m))
 
     def rewrite(self, op: Ops, m: Match):
         return op.fxaccel.linear_activation.default(m.x, m.w, m.b, activation(m))
@@ -151,5 +154,5 @@ class FuseActivation(Rules):
 
     def apply(self, program: Program, plan: Any, driver: Any) -> None:
         """Every site of all rules."""
-        how = {"even_if_slower": self.even_if_slower}
-        driver.rewrite([LinearActivation(), BiasActivation(**how), OneActivation(**how)])
+        fused = [rule(even_if_slower=self.even_if_slower) for rule in (BiasActivation, OneActivation)]
+        driver.rewrite([LinearActivation(), *fused])

@@ -2,9 +2,9 @@
 
 In TB/s of the least traffic, 2 tensor-sized transfers forward and 3 backward, the gradient of the bias
 included; `copy` is the ceiling, and its share is what counts. Then a whole linear with its activation,
-forward and backward, in TFLOP/s: "eager" adds the bias in the product, "ours" with the activation, "alone" has
-the activation as our kernel behind eager's linear, and "epilogue" is cuBLAS's product with bias and activation,
-which torch has for relu and gelu_tanh, and for inference alone.
+forward and backward, in TFLOP/s: "eager" adds the bias in the product, "ours" with the activation, "alone"
+has the activation as our kernel behind eager's linear, and "epilogue" is cuBLAS's product with bias and
+activation, which torch has for relu and gelu_tanh, and for inference alone.
 """
 
 import torch

@@ -222,6 +222,15 @@ def test_declines_where_nothing_is_gained():
         assert site.why == "with gradients the CPU runs torch's own operators, and would after this rewrite"
 
 
+@pytest.mark.parametrize("name", ["relu", "quick_gelu"])
+def test_declines_in_half_precision(name):
+    model = Function(lambda x: SPELLINGS[name][0](x + B.to(x.dtype)) * 2)
+    record = accelerated(model, X.bfloat16(), passes=["fuse-activation"]).report()["fuse-activation"]
+    assert not record.applied
+    why = "on the CPU torch.bfloat16 takes its time in casts, and an allocation less saves none"
+    assert {s.why for s in record.refused} == {why}
+
+
 def on_cuda(fast):
     """The captured program, its values said to lie on a GPU."""
     program = session(fast).all[0].program.copy()
