@@ -11,59 +11,24 @@ Limits     none on N and K; offsets are 64-bit. No float64.
 Source     Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, section 3.2, for computing the activation again.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fxaccel.kernels import _rows
+from fxaccel.kernels import _activations, _rows
+from fxaccel.kernels._activations import activated
 from fxaccel.kernels._triton import next_power_of_2, tl, triton
 
 TILE = 2_048  # elements of a program's tile
 WIDEST = 1_024  # columns of it
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch._C._nn.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-}
-
-
-@triton.jit
-def _activated(g, ACTIVATION: tl.constexpr):
-    """The activation of g in fp32, and its derivative, which forward does not read and never computes."""
-    if ACTIVATION == "silu":
-        s = 1.0 / (1.0 + tl.exp(-g))
-        a = g * s
-        slope = s + a * (1.0 - s)
-    elif ACTIVATION == "gelu":
-        s = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
-        a = g * s
-        slope = s + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(t)) / 2 is the sigmoid of 2 t
-        t = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-        s = 1.0 / (1.0 + tl.exp(-t))
-        a = g * s
-        h = s * (1.0 - s)  # 0 where g * g may be infinite
-        slope = s + tl.where(h > 0.0, a * (1.0 - s) * (1.5957691216057308 + 0.21406868 * g * g), 0.0)
-    elif ACTIVATION == "relu":
-        a = tl.where(g < 0.0, 0.0, g)  # a NaN stays
-        slope = tl.where(g <= 0.0, 0.0, 1.0)
-    else:
-        a = 1.0 / (1.0 + tl.exp(-g))
-        slope = a * (1.0 - a)
-    return a, slope
+GATES = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
+ACTIVATIONS = {name: _activations.ACTIVATIONS[name] for name in GATES}
 
 
 @triton.jit
 def _gated(gate_ptr, up_ptr, gate_at, up_at, mask, ACTIVATION: tl.constexpr):
     """A tile of activation(gate) * up as the unfused operators would round it, in fp32; 0 outside."""
     gate = tl.load(gate_ptr + gate_at, mask, other=0.0)
-    a, _ = _activated(gate.to(tl.float32), ACTIVATION)
+    a, _ = activated(gate.to(tl.float32), ACTIVATION)
     y = a.to(gate.dtype).to(tl.float32) * tl.load(up_ptr + up_at, mask, other=0.0).to(tl.float32)
     return y.to(gate.dtype).to(tl.float32)
 
@@ -97,7 +62,7 @@ def backward_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0)
     dy = tl.load(dy_ptr + row * dy_stride + col, mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask, other=0.0).to(tl.float32)
-    a, slope = _activated(gate.to(tl.float32), ACTIVATION)
+    a, slope = activated(gate.to(tl.float32), ACTIVATION)
     at = row * K + col
     tl.store(dup_ptr + at, (dy * a.to(gate.dtype).to(tl.float32)).to(dup_ptr.dtype.element_ty), mask)
     tl.store(dgate_ptr + at, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask)

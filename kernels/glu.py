@@ -21,15 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxaccel.kernels import _operator
+from fxaccel.kernels import _activations, _operator
 from fxaccel.kernels._glu import ACTIVATIONS, launch, launch_backward
 from fxaccel.kernels._norm import DTYPES, unless_double
 
 __all__ = ["ACTIVATIONS", "compose", "direct", "launch", "launch_backward", "op", "reference", "unsupported"]
 
-aten = torch.ops.aten
-_FORWARD = {"silu": 5, "gelu": 6, "gelu_tanh": 10, "relu": 2, "sigmoid": 4}  # flop an element
-_BACKWARD = {"silu": 9, "gelu": 12, "gelu_tanh": 16, "relu": 4, "sigmoid": 8}
+_FORWARD = {name: _activations.FORWARD[name] + 1 for name in ACTIVATIONS}  # flop an element
+_BACKWARD = {name: _activations.BACKWARD[name] + 2 for name in ACTIVATIONS}
 
 
 def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -55,16 +54,8 @@ def compose(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def compose_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """dgate and dup, with no tensor besides them."""
-    dup, dgate = ACTIVATIONS[activation](gate), dy * up
-    if activation == "sigmoid":  # whose derivative reads the result
-        aten.sigmoid_backward.grad_input(dgate, dup, grad_input=dgate)
-    elif activation == "silu":
-        aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-    elif activation == "relu":
-        aten.threshold_backward.grad_input(dgate, gate, 0, grad_input=dgate)
-    else:
-        kind = "tanh" if activation == "gelu_tanh" else "none"
-        aten.gelu_backward.grad_input(dgate, gate, approximate=kind, grad_input=dgate)
+    dup = ACTIVATIONS[activation](gate)
+    dgate = _activations.slope_times(dy * up, gate, dup, activation)
     return dgate.contiguous(), dup.mul_(dy).contiguous()
 
 

@@ -20,8 +20,8 @@ FLASH = ("backward", "bias", "forward", "lists", "source", "tiles")
 QUANTIZED = ("rows", "gemm", "weights")
 KERNELS = (
     "_rows", "_butterfly", "_gemm", "_monarch", "_flash", *(f"_flash_{name}" for name in FLASH),
-    *(f"_quantized_{name}" for name in QUANTIZED), "_fake_tiles", "_norm_quantize", "_glu", "glu_quantize",
-    "rope", "_loss_rows",
+    *(f"_quantized_{name}" for name in QUANTIZED), "_fake_tiles", "_norm_quantize", "_activations", "_glu",
+    "glu_quantize", "bias_activation", "rope", "_loss_rows",
 )  # fmt: skip
 OURS = [importlib.import_module(f"fxaccel.kernels.{name}") for name in KERNELS]
 GENERATED = (_flash_source.keep, _flash_source.bias, _flash_source.flat, _flash_spans.blocks)
