@@ -25,7 +25,7 @@ EXACT = (
     "merge-linears{even_if_slower=true,fold=true}",
 )  # fmt: skip
 MODES = {
-    "eval": (*EXACT, "fold-batch-norm", "pack-weights"),
+    "eval": (*EXACT, "fold-batch-norm", "pack-weights", "fuse-convolution"),
     "train": (*EXACT, "split-attention", "checkpoint{budget=0.7}", "partition{stages=2}"),
 }
 LOSSY = {
