@@ -6,6 +6,8 @@ Numerics   those of torch's convolution and of `act`, in another order. oneDNN's
            makes 0 of NaN, its hardtanh the lower bound and its hardsigmoid 1, where torch's keep NaN.
 Cost       that of the convolution: what is added and `act` are done on its sums before they are stored. A
            plain convolution lays w out at each call, up to twice as long as the product with few places.
+           oneDNN takes 40 us a call to begin; where a window is one place, a linear over the channels and
+           `act` in place are tried beside it at the first call, and the faster of both stays (`Kept`).
 Limits     float32, and bfloat16 and float16 where the processor has them. With an addition oneDNN does relu
            alone. What is laid out is for the sizes of the first call, and serves others. Under deterministic
            algorithms, on a GPU, and where a derivative or a mode watches, these are torch's operators.
@@ -13,6 +15,7 @@ Source     torch's own `freezing`, `torch/_inductor/fx_passes/mkldnn_fusion.py`;
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,31 +24,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxaccel.kernels import _operator
+from fxaccel.kernels._clock import by_turns
 from fxaccel.kernels._operator import watched
 
+_nn: Any = torch._C._nn
+
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+ROUNDS = 3  # in which two ways are timed
+GAIN = 1.25  # times as fast as oneDNN that a linear must be: in a model, other weights fill the cache
 
 
 class Act(NamedTuple):
-    """An activation: oneDNN's name for it and for its algorithm, and the function of y and its numbers."""
+    """An activation: oneDNN's names for it and its algorithm, the function of y and its numbers, in place."""
 
     name: str
     algorithm: str
     function: Callable[..., Tensor]
+    in_place: Callable[..., Tensor]
 
 
 ACTS = {
-    "none": Act("none", "", lambda y: y),
-    "relu": Act("relu", "", F.relu),
-    "hardtanh": Act("hardtanh", "", F.hardtanh),
-    "leaky_relu": Act("leaky_relu", "", F.leaky_relu),
-    "sigmoid": Act("sigmoid", "", torch.sigmoid),
-    "tanh": Act("tanh", "", torch.tanh),
-    "silu": Act("swish", "", F.silu),
-    "hardswish": Act("hardswish", "", F.hardswish),
-    "hardsigmoid": Act("hardsigmoid", "", F.hardsigmoid),
-    "gelu": Act("gelu", "none", F.gelu),
-    "gelu_tanh": Act("gelu", "tanh", lambda y: F.gelu(y, approximate="tanh")),
+    "none": Act("none", "", lambda y: y, lambda y: y),
+    "relu": Act("relu", "", F.relu, torch.relu_),
+    "hardtanh": Act("hardtanh", "", F.hardtanh, _nn.hardtanh_),
+    "leaky_relu": Act("leaky_relu", "", F.leaky_relu, _nn.leaky_relu_),
+    "sigmoid": Act("sigmoid", "", torch.sigmoid, torch.sigmoid_),
+    "tanh": Act("tanh", "", torch.tanh, torch.tanh_),
+    "silu": Act("swish", "", F.silu, _nn.silu_),
+    "hardswish": Act("hardswish", "", F.hardswish, _nn.hardswish_),
+    "hardsigmoid": Act("hardsigmoid", "", F.hardsigmoid, _nn.hardsigmoid_),
+    "gelu": Act("gelu", "none", F.gelu, _nn.gelu_),
+    "gelu_tanh": Act(
+        "gelu", "tanh", partial(F.gelu, approximate="tanh"), partial(_nn.gelu_, approximate="tanh")
+    ),
 }
 """By the names that calls give: what oneDNN does to a convolution's sums before it stores them."""
 
@@ -142,7 +153,7 @@ _operator.count_flops(op, _flops)
 
 
 class Kept:
-    """A weight, and how oneDNN lays it out for the sizes of the first call."""
+    """A weight, and how oneDNN lays it out for the sizes of the first call, or as the rows of a linear."""
 
     def __init__(
         self, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
@@ -152,8 +163,21 @@ class Kept:
         one, none = [1] * self.line, [0] * self.line
         self.how = none + padding, one + stride, one + dilation, groups
         self.packed: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.pointwise = all(n == 1 for n in (*w.shape[2:], *stride, groups)) and not any(padding)
 
     def __call__(
+        self, x: Tensor, b: Tensor | None, other: Tensor | None, act: str, numbers: Sequence[float]
+    ) -> Tensor:
+        """The convolution of x: as it was laid out, or at the first call in the way that is faster."""
+        if self.rows is not None:
+            return over_channels(x, self.rows, b, other, ACTS[act], numbers)
+        if self.packed is None and self.pointwise and self.gains_as_rows(x, b, other, act, numbers):
+            self.packed, self.rows = None, self.w.flatten(1)  # what was laid out to be tried may go
+            return over_channels(x, self.rows, b, other, ACTS[act], numbers)
+        return self.convolve(x, b, other, act, numbers)
+
+    def convolve(
         self, x: Tensor, b: Tensor | None, other: Tensor | None, act: str, numbers: Sequence[float]
     ) -> Tensor:
         if self.line:
@@ -163,6 +187,26 @@ class Kept:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(w, *self.how, list(x.shape))
         y = convolved(x, self.packed, b, other, self.how, ACTS[act], numbers)
         return y.squeeze(2) if self.line else y
+
+    def gains_as_rows(
+        self, x: Tensor, b: Tensor | None, other: Tensor | None, act: str, numbers: Sequence[float]
+    ) -> bool:
+        """Whether the convolution is faster as a linear over the channels; tried once in a process."""
+        sizes = (*x.shape, *x.stride(), self.w.shape[0], x.dtype)
+        key = (*sizes, b is None, other is None, act, torch.get_num_threads())
+        if key not in _gains:
+            rows = self.w.flatten(1)
+            ways = (
+                partial(self.convolve, x, b, other, act, numbers),
+                partial(over_channels, x, rows, b, other, ACTS[act], numbers),
+            )
+            convolved, linear = by_turns(ways, x.device, ROUNDS)
+            _gains[key] = GAIN * linear < convolved
+        return _gains[key]
+
+
+_gains: dict[tuple[Any, ...], bool] = {}
+"""Whether a linear is faster than oneDNN's convolution, by what decides that."""
 
 
 plain: Any = torch.ops.mkldnn._convolution_pointwise.default
@@ -184,6 +228,20 @@ def convolved(
         return plain(x, w, b, *how, act.name, numbers, act.algorithm)
     unary = None if act.name == "none" else act.name
     return added(x, other, w, b, *how, "add", 1.0, unary, numbers, act.algorithm)
+
+
+def over_channels(
+    x: Tensor,
+    rows: Tensor,
+    b: Tensor | None,
+    other: Tensor | None,
+    act: Act,
+    numbers: Sequence[float],
+) -> Tensor:
+    """The convolution whose window is one place: a linear of each place's channels."""
+    y = torch._C._nn.linear(x.movedim(1, -1), rows, b)
+    y = y if other is None else y.add_(other.movedim(1, -1))
+    return act.in_place(y, *numbers).movedim(-1, 1)
 
 
 def direct(

@@ -14,6 +14,20 @@ NUMBERS = {"hardtanh": [-0.5, 1.5], "leaky_relu": [0.2]}
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
+
+@pytest.fixture(autouse=True)
+def choice(monkeypatch):
+    """Whether a linear is faster is set by a test, not by the clock: oneDNN is."""
+    monkeypatch.setattr(kernel, "_gains", {})
+    monkeypatch.setattr(kernel, "by_turns", lambda *_: [1.0, 1.0])
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """The linear is."""
+    monkeypatch.setattr(kernel, "by_turns", lambda *_: [2.0, 1.0])
+
+
 # C, K, groups, sizes of x, sizes of w, stride, padding, dilation
 SHAPES = {
     "line": (6, 8, 2, [11], [3], [2], [1], [1]),
@@ -72,6 +86,47 @@ def test_activations(act):
         kept = packed(w * scale, how)
         y = kernel.direct(x, w * scale, b, None, *how, act, NUMBERS.get(act, []), kept)
         close(y, x, w * scale, b, None, how, act)
+
+
+@pytest.mark.usefixtures("linear")
+@pytest.mark.parametrize("act", kernel.ACTS)
+@torch.no_grad()
+def test_one_place_as_a_linear(act):
+    x, w, b, how = tensors("pointwise")
+    for x in (x, kernel.channels_last(x), x[:0], x[:1].expand(3, -1, -1, -1)):  # noqa: B020
+        for b in (b, None):  # noqa: B020
+            kept = packed(w, how)
+            for _ in range(2):
+                y = kernel.direct(x, w, b, None, *how, act, NUMBERS.get(act, []), kept)
+                close(y, x, w, b, None, how, act)
+            assert (kept.packed, kept.rows.shape) == (None, (17, 33))
+            if act in kernel.ADDED:
+                other = torch.randn(y.shape)
+                close(kernel.direct(x, w, b, other, *how, act, [], kept), x, w, b, other, how, act)
+
+
+@pytest.mark.usefixtures("linear")
+@torch.no_grad()
+def test_only_where_a_window_is_one_place():
+    for name in SHAPES:
+        x, w, b, how = tensors(name)
+        kept = packed(w, how)
+        close(kernel.direct(x, w, b, None, *how, shared=kept), x, w, b, None, how)
+        assert (kept.rows is not None) == (name in ("pointwise", "one place"))
+    for how in (([2, 1], [0, 0], [1, 1], 1), ([1, 1], [0, 1], [1, 1], 1)):
+        assert not packed(w, how).pointwise
+
+
+@torch.no_grad()
+def test_it_is_timed_once(monkeypatch):
+    tried = []
+    monkeypatch.setattr(kernel, "by_turns", lambda runs, *_: tried.append(runs) or [1.2, 1.0])
+    x, w, b, how = tensors("pointwise")
+    for _ in range(2):
+        kept = packed(w, how)
+        kernel.direct(x, w, b, None, *how, shared=kept)
+        assert kept.rows is None
+    assert len(tried) == 1
 
 
 LAYOUTS = {
