@@ -1,7 +1,9 @@
-"""What the passes for convolutions buy: python bench/convolution.py [inference] [compiled]
+"""What the passes for convolutions buy: python bench/convolution.py [inference] [training] [compiled]
 
-inference    models of timm and torchvision on one image of 160 x 160 (U-Net 128 x 128): as written, in torch's
-             channels_last, by the default passes, and by those and fuse-convolution
+inference    models of timm and a U-Net on one image of 160 x 160 (U-Net 128 x 128): as written, in torch's
+             channels_last, by the default passes, by those and fuse-convolution, use-channels-last and both
+training     forward and backward on 4 images of 96 x 96 (U-Net 64 x 64): as written, in torch's
+             channels_last, by the default passes, and by those and use-channels-last
 compiled     two of them beside torch.compile and torch.compile with freezing, which take minutes to compile
 
 Times are CPU time of 1 thread, minimum of interleaved rounds, float32, random weights.
@@ -80,6 +82,7 @@ def timed(candidates: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[st
 
 
 def told(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures by the name of their model, and on the screen."""
     print(name, {k: round(v, 2) for k, v in figures["times as fast"].items()}, flush=True)
     return {name: figures}
 
@@ -89,10 +92,37 @@ def inference() -> Iterator[dict[str, Any]]:
     """Every model by every way."""
     for name, model, x in models():
         torched, like = channels_last(model), x.contiguous(memory_format=torch.channels_last)
-        passes = {"default passes": DEFAULT, "and fuse-convolution": [*DEFAULT, "fuse-convolution"]}
+        passes = {
+            "default passes": DEFAULT,
+            "and fuse-convolution": [*DEFAULT, "fuse-convolution"],
+            "and use-channels-last": [*DEFAULT, "use-channels-last"],
+            "and both": [*DEFAULT, "use-channels-last", "fuse-convolution"],
+        }
         ways = {n: fxaccel.accelerate(model, p, example_inputs=(x,)) for n, p in passes.items()}
         calls = {"eager": partial(model, x), "eager in channels_last": partial(torched, like)}
         yield told(name, timed(calls | {n: partial(f, x) for n, f in ways.items()}))
+
+
+def training() -> Iterator[dict[str, Any]]:
+    """Two models by every way; use-channels-last leaves those alone that train batch norms."""
+    for name, model, _ in models(("resnet18", "convnext_tiny")):
+        model.train()
+        x = torch.randn(4, 3, *[64 if name == "unet" else 96] * 2)
+        passes = {"default passes": DEFAULT, "and use-channels-last": [*DEFAULT, "use-channels-last"]}
+        ways = {
+            n: fxaccel.accelerate(copy.deepcopy(model), p, example_inputs=(x,)) for n, p in passes.items()
+        }
+        torched, like = channels_last(model), x.contiguous(memory_format=torch.channels_last)
+        calls = {"eager": partial(_step, model, x), "eager in channels_last": partial(_step, torched, like)}
+        figures = timed(calls | {n: partial(_step, f, x) for n, f in ways.items()}, rounds=9)
+        figures["sites"] = len(ways["and use-channels-last"].report()["use-channels-last"].applied)
+        print(figures["sites"], "sites", end=" ")
+        yield told(name, figures)
+
+
+def _step(model: nn.Module, x: Tensor) -> None:
+    model.zero_grad()
+    model(x).square().mean().backward()
 
 
 @torch.no_grad()
@@ -110,7 +140,7 @@ def compiled() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parts = {"inference": inference, "compiled": compiled}
+    parts = {"inference": inference, "training": training, "compiled": compiled}
     for part in sys.argv[1:] or parts:
         figures: dict[str, Any] = {}
         for found in parts[part]():

@@ -8,7 +8,7 @@ operator that reads memory by its strides or that torch does not know: these get
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,20 +29,21 @@ def layouts(program: Program) -> dict[str, Any]:
     return {n.name: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
 
 
-def settle(program: Program, driver: Any, before: Mapping[str, Any]) -> int:
+def settle(program: Program, driver: Any, before: Mapping[str, Any], made: Iterable[fx.Node] = ()) -> int:
     """Bring the strides in the graph up to date; copy values back where another layout would be seen.
 
     before    of the graph that `driver` had been given, `layouts`
+    made      new nodes whose readers are to be looked at
 
     Returns how many are copied.
     """
-    e, moved, copies = Editor(program), set[fx.Node](), 0
+    e, moved, copies = Editor(program), set(made), 0
     shown = {storage_owner(n) for n in program.graph.output_node().all_input_nodes}
     for node in list(program.graph.nodes):
         if node.op != "call_function":
             continue
         if moved.intersection(node.all_input_nodes):
-            node.meta["val"] = e.value(node, node.target, node.args, dict(node.kwargs))
+            node.meta["val"] = _value(e, node)
         old, new = before.get(node.name), node.meta["val"]
         if isinstance(new, (tuple, list)) and moved.intersection(node.all_input_nodes):
             moved.add(node)  # of which getitem tells
@@ -58,6 +59,18 @@ def settle(program: Program, driver: Any, before: Mapping[str, Any]) -> int:
     driver.relaid.clear()
     program.changed()
     return copies
+
+
+def _value(e: Editor, node: fx.Node) -> Any:
+    """The value of a call with the layout that its operands give it now, and the sizes that it has.
+
+    Some of torch's operators take a size that varies for the captured one where channels are last (`pad`).
+    """
+    old, new = node.meta["val"], e.value(node, node.target, node.args, dict(node.kwargs))
+    if not isinstance(old, Tensor) or list(map(expr, old.shape)) == list(map(expr, new.shape)):
+        return new
+    order = _order(new)
+    return old.new_empty([old.shape[d] for d in order]).permute([order.index(d) for d in range(old.dim())])
 
 
 def _seeing(node: fx.Node, shown: bool) -> Iterator[fx.Node]:
@@ -76,9 +89,7 @@ def _seeing(node: fx.Node, shown: bool) -> Iterator[fx.Node]:
 
 def _copied(driver: Any, node: fx.Node, old: Tensor) -> fx.Node:
     """A copy of a value behind it, its dimensions in the order in memory that they had."""
-    dims = list(range(old.dim()))
-    strides = [expr(s) for s in old.stride()]
-    order = sorted(dims, key=lambda d: _rank(strides, d), reverse=True)
+    dims, order = list(range(old.dim())), _order(old)
     graph, made = driver.program.graph, node
     with graph.inserting_before(node.next):
         if order != dims:
@@ -89,7 +100,8 @@ def _copied(driver: Any, node: fx.Node, old: Tensor) -> fx.Node:
     return made
 
 
-def _rank(strides: list[Any], dim: int) -> tuple[float, int]:
-    """How far out a dimension lies, by its stride with every size at a prime; the first of equal ones."""
-    large = {s: 97 for s in strides[dim].free_symbols}
-    return float(strides[dim].subs(large)), -dim
+def _order(val: Tensor) -> list[int]:
+    """The dimensions of a value, the outermost in memory first: by strides with every size at a prime."""
+    strides = [expr(s) for s in val.stride()]
+    far = [float(s.subs(dict.fromkeys(s.free_symbols, 97))) for s in strides]
+    return sorted(range(val.dim()), key=lambda d: -far[d])

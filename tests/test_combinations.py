@@ -22,7 +22,7 @@ SLOW = (*QUICK, "vit", "resnet")
 EXACT = (
     "fuse-attention", "fuse-norm", "fuse-rope", "fuse-glu", "fuse-linear-loss{least=1KiB}",
     "layer-norm-to-rms-norm{even_if_slower=true}", "merge-linears{even_if_slower=true}",
-    "merge-linears{even_if_slower=true,fold=true}",
+    "merge-linears{even_if_slower=true,fold=true}", "use-channels-last",
 )  # fmt: skip
 MODES = {
     "eval": (*EXACT, "fold-batch-norm", "pack-weights", "fuse-convolution"),
