@@ -146,7 +146,7 @@ _operator.autocast(op, "cuda", lambda: torch.get_autocast_dtype("cuda"))
 
 
 def _flops(x: Any, w: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * int(out_shape[0]) * prod(out_shape[2:]) * prod(w)
+    return 2 * int(out_shape[0] * prod(out_shape[2:]) * prod(w))
 
 
 _operator.count_flops(op, _flops)
@@ -209,8 +209,8 @@ _gains: dict[tuple[Any, ...], bool] = {}
 """Whether a linear is faster than oneDNN's convolution, by what decides that."""
 
 
-plain: Any = torch.ops.mkldnn._convolution_pointwise.default
-added: Any = torch.ops.mkldnn._convolution_pointwise.binary
+plain: Callable[..., Tensor] = torch.ops.mkldnn._convolution_pointwise.default
+added: Callable[..., Tensor] = torch.ops.mkldnn._convolution_pointwise.binary
 
 
 def convolved(

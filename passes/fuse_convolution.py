@@ -69,14 +69,15 @@ def _act(m: Match) -> tuple[str, list[Any]]:
 def _how(m: Match) -> tuple[list[int], list[int] | None, list[int], int]:
     """Stride, padding, dilation and groups in numbers; no padding where its sides differ."""
     sizes = m.val("w").shape[2:]
-    stride, dilation, padding = (
-        list(v) * (len(sizes) if len(v) == 1 else 1) for v in (m.stride, m.dilation, m.padding)
-    )
+    stride, dilation = (list(v) * (len(sizes) if len(v) == 1 else 1) for v in (m.stride, m.dilation))
+    padding: list[int] | None
     if m.padding == "same":
         around = [d * (k - 1) for d, k in zip(dilation, sizes, strict=True)]
         padding = None if any(a % 2 for a in around) else [a // 2 for a in around]
     elif m.padding == "valid":
         padding = [0] * len(sizes)
+    else:
+        padding = list(m.padding) * (len(sizes) if len(m.padding) == 1 else 1)
     return stride, padding, dilation, m.groups
 
 
