@@ -11,6 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ _COMMUTE = {
     aten.ne.Tensor, aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor,
     aten.bitwise_or.Tensor,
 }  # fmt: skip
+
+
+WAYS = 8  # of matching one pattern at one node, that are looked at
 
 
 class _Any:
@@ -126,13 +130,20 @@ class Pattern:
         return cls(outputs[0], outputs, tuple(names), frozenset(_targets(outputs[0])))
 
     def find(self, program: Program, root: fx.Node) -> Match | Miss:
-        """The pattern at `root`, or how far it came."""
-        matcher = _Matcher()
-        for match in matcher.match(self.root, root, Match(program, root)):
+        """The pattern at `root`, or how far it came.
+
+        Of several ways to match (`a + b` is `b + a`) it is the first whose inner values nobody else reads.
+        """
+        matcher, first = _Matcher(), None
+        for match in islice(matcher.match(self.root, root, Match(program, root)), WAYS):
             absent = [v for v in self.variables if v not in match.bound]
             bound = match.bound | dict.fromkeys(absent)
-            return replace(match, bound=bound, outputs=tuple(next(_made(t, match)) for t in self.outputs))
-        return matcher.miss
+            outputs = tuple(next(_made(t, match)) for t in self.outputs)
+            found = replace(match, bound=bound, outputs=outputs)
+            if all(found.nodes.issuperset(n.users) for n in found.nodes.difference(outputs)):
+                return found
+            first = first or found
+        return first or matcher.miss
 
 
 def _term(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Term:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("fxaccel", "FRAGMENT")
@@ -166,3 +167,16 @@ def unlike(name: str, x: Tensor, other_name: str, other: Tensor) -> Iterator[str
         yield (
             f"{name} is {list(x.shape)} and {other_name} {list(other.shape)}; the kernel does not broadcast"
         )
+
+
+def watched(x: Tensor) -> bool:
+    """Whether x, or something that sees this call, knows torch's operators and not MKL's or oneDNN's."""
+    return (
+        torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or torch.are_deterministic_algorithms_enabled()
+    )

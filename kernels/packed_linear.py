@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fxaccel.kernels import _operator, _quantized
 from fxaccel.kernels._clock import by_turns
+from fxaccel.kernels._operator import watched
 
 linear = torch._C._nn.linear  # torch.nn.functional's
 product: Any = torch.ops.mkl._mkl_linear.default if torch.backends.mkl.is_available() else linear
@@ -150,19 +150,6 @@ def gains(x: Tensor, w: Tensor, b: Tensor | None, rows: int) -> bool:
 
     times = by_turns([partial(all_in, plain), partial(all_in, laid)], x.device, ROUNDS)
     return GAIN * times[1] < times[0]
-
-
-def watched(x: Tensor) -> bool:
-    """Whether x, or something that sees this call, knows torch's linear and not MKL's."""
-    return (
-        torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch.are_deterministic_algorithms_enabled()
-    )
 
 
 def direct(x: Tensor, w: Tensor, b: Tensor | None, shared: Kept | None = None) -> Tensor:

@@ -23,9 +23,10 @@ EXACT = (
     "fuse-attention", "fuse-norm", "fuse-rope", "fuse-glu", "fuse-linear-loss{least=1KiB}",
     "layer-norm-to-rms-norm{even_if_slower=true}", "merge-linears{even_if_slower=true}",
     "merge-linears{even_if_slower=true,fold=true}", "fuse-activation", "fuse-activation{even_if_slower=true}",
+    "use-channels-last",
 )  # fmt: skip
 MODES = {
-    "eval": (*EXACT, "fold-batch-norm", "pack-weights"),
+    "eval": (*EXACT, "fold-batch-norm", "pack-weights", "fuse-convolution"),
     "train": (*EXACT, "split-attention", "checkpoint{budget=0.7}", "partition{stages=2}"),
 }
 LOSSY = {

@@ -20,7 +20,7 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 # `copy` would be an operator of its own for what a cast and an expand are; `bernoulli` has no derivative.
 _NO_TWIN = {"copy", "bernoulli"}
 # What these do depends on the strides of their operand, or fails for some.
-_STRICT = {
+STRICT = {
     aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default,
     aten._unsafe_view.default, aten.sym_stride.int, aten.sym_storage_offset.default,
 }  # fmt: skip
@@ -192,4 +192,4 @@ def _later(e: Editor, node: fx.Node) -> bool:
 def _indifferent(e: Editor, user: fx.Node) -> bool:
     """Whether a reader does the same however its operands are laid out."""
     known = isinstance(user.target, torch._ops.OpOverload) or user.target is operator.getitem
-    return known and user.target not in _STRICT and not is_random(user) and not _later(e, user)
+    return known and user.target not in STRICT and not is_random(user) and not _later(e, user)
