@@ -15,6 +15,7 @@ Source     silu, gelu: Hendrycks & Gimpel 2016, arXiv:1606.08415, which has quic
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from fxaccel.kernels._triton import tl, triton
 
 aten = torch.ops.aten
-_nn = torch._C._nn
+_nn: Any = torch._C._nn
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

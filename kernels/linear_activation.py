@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fxaccel.kernels import _activations, _operator
-from fxaccel.kernels.packed_linear import linear, watched
+from fxaccel.kernels._operator import watched
+from fxaccel.kernels.packed_linear import linear
 
 ACTIVATIONS = {"gelu_tanh": ("gelu", "tanh")}
 """As oneDNN is given them. Of the others it has, models gain nothing: `bench/bias_activation.py`."""

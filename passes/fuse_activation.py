@@ -149,6 +149,7 @@ class FuseActivation(Rules):
 
     name = "fuse-activation"
     step = "lower"
+    default = True
 
     even_if_slower: bool = False
 
