@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,11 +101,23 @@ def diff(
 @app.command()
 def explain(
     model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
+    why_not: Annotated[
+        tuple[str, str] | None, typer.Option(help="one pass in one module: fuse-attention layers.3")
+    ] = None,
     measure: Measure = False, allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Every site that a pass looked at: applied, or which clause said no, at which of your lines."""
     with _reported(debug):
-        report = _accelerated(model, pass_, inputs, load, train, allow, measure).report()
+        _load(load)
+        asked: Any = pass_
+        if why_not is not None:
+            (one,), given = resolve(why_not[:1]), resolve(pass_)
+            asked = given if any(p.name == one.name for p in given) else [*given, one]
+        fast = _accelerated(model, asked, inputs, None, train, allow, measure)
+        report = fast.report()
+        if why_not is not None:
+            _within(fast, why_not[1])
+            report = report.within(one.name, why_not[1])
         if as_json:
             _say(report.to_json())
             return
@@ -252,6 +265,17 @@ def _apart(options: dict[str, Any], what: str, hint: str) -> None:
     for name, value in options.items():
         if value is not None:
             raise OptionError(f"--{name.replace('_', '-')} is {what}", hint)
+
+
+def _within(fast: Any, path: str) -> None:
+    """Raise OptionError where the model has no such module."""
+    modules = [name for name, _ in fast.named_modules() if name]
+    if path not in modules:
+        close = get_close_matches(path, modules, 1)
+        raise OptionError(
+            f"the model has no module {path!r}",
+            f"did you mean {close[0]!r}?" if close else "name one by its path",
+        )
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -96,6 +96,20 @@ class Report:
     def _passes(self) -> Iterator[PassReport]:
         for capture in self.captures:
             yield from capture.passes
+
+    def within(self, name: str, path: str) -> Report:
+        """What one pass did, and did not, in one module and those inside it."""
+        captures = []
+        for capture in self.captures:
+            passes, nothing = [replace(p, plan="") for p in capture.passes if p.name == name], True
+            for one in passes:
+                for kind in ("applied", "refused", "near_misses"):
+                    inside = [s for s in getattr(one, kind) if f"{s.path}.".startswith(f"{path}.")]
+                    setattr(one, kind, inside)
+                    nothing &= not inside and not one.error
+            notes = [f"{name} found nothing in {path} that its pattern begins with"] * nothing
+            captures.append(replace(capture, passes=passes, notes=notes))
+        return Report(captures)
 
     def to_json(self) -> str:
         """The report as JSON: {"captures": [{"mode", "passes": [{"name", "applied": [site, ...]}]}]}."""

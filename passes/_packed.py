@@ -11,10 +11,7 @@ from fxaccel.derived import derived, standing
 from fxaccel.ir import Program, arguments, incremental, is_call, target_name
 from fxaccel.rule import Match, Refusals
 
-KERNELS = (
-    "fxaccel.packed_linear",
-    "fxaccel.packed_convolution",
-)  # read a weight `w` in a layout of their own
+KERNELS = ("fxaccel.packed_linear", "fxaccel.packed_convolution")  # which read `w` in a layout of their own
 
 
 @incremental(lambda program, found, made: None)  # these passes leave weights what they are

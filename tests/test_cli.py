@@ -118,6 +118,24 @@ def test_explain_names_site_and_line(run):
     assert "cli_models.py:13" in done.output
 
 
+def test_explain_says_why_not_of_one_pass_in_one_module(run):
+    done = run("explain", "cli_models:build", "--why-not", "fuse-norm", "norm")
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[0] == "fuse-norm: 1 applied, 0 refused"
+    assert "fuse-rope" not in done.output
+    done = run("explain", "cli_models:build", "--why-not", "fuse-norm", "proj")
+    assert done.output.splitlines() == [
+        "fuse-norm: 0 applied, 0 refused",
+        "note: fuse-norm found nothing in proj that its pattern begins with",
+    ]
+    done = run("explain", "cli_models:build", "--why-not", "layer-norm-to-rms-norm", "norm")
+    assert done.output.startswith("layer-norm-to-rms-norm: 0 applied")  # which is no default pass
+    done = run("explain", "cli_models:build", "--why-not", "fuse-norm", "nrom")
+    assert done.exit_code == 2
+    assert "the model has no module 'nrom'" in done.output
+    assert "did you mean 'norm'?" in done.output
+
+
 def test_verify_runs_the_proofs_again(run, tmp_path):
     done = run("verify", "cli_models:build")
     assert done.exit_code == 0, done.output
