@@ -124,12 +124,10 @@ def thinned(keep, **values):
     Quick are those whose places in their lists add up to a multiple of `keep`: of two values of two lists
     every pair is among them where a third list has as many values.
     """
-    cases = []
-    for places in itertools.product(*(range(len(v)) for v in values.values())):
-        chosen = [v[i] for v, i in zip(values.values(), places, strict=True)]
+    lists, cases = [list(v) for v in values.values()], []
+    for places in itertools.product(*(range(len(one)) for one in lists)):
+        chosen = [one[i] for one, i in zip(lists, places, strict=True)]
         marks = [m for c in chosen for m in getattr(c, "marks", ())]
         plain = [c.values[0] if hasattr(c, "marks") else c for c in chosen]
-        cases.append(
-            pytest.param(*plain, marks=[*marks, *([pytest.mark.slow] if sum(places) % keep else [])])
-        )
+        cases.append(pytest.param(*plain, marks=[*marks, *[pytest.mark.slow] * (sum(places) % keep > 0)]))
     return pytest.mark.parametrize(list(values), cases, ids=str)

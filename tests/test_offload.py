@@ -36,7 +36,7 @@ def log(monkeypatch):
 # -- the same bits ---------------------------------------------------------------------------------
 
 
-@thinned(2, name=list(CASES), learns=[False, True])
+@thinned(2, name=CASES, learns=[False, True])
 def test_a_step_that_moves_all_it_can_is_the_same_step(name, learns, log):
     model, x = CASES[name]()
     x = torch.randn(6, x) if isinstance(x, int) else x
@@ -46,7 +46,7 @@ def test_a_step_that_moves_all_it_can_is_the_same_step(name, learns, log):
     assert len(places(log, "out")) == len(places(log, "back")) == len(made.moved) > 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@thinned(2, name=CASES)
 def test_moved_and_dropped_values_side_by_side(name, log):
     model, x = CASES[name]()
     step = Captured(model, torch.randn(6, x) if isinstance(x, int) else x)
@@ -58,7 +58,7 @@ def test_moved_and_dropped_values_side_by_side(name, log):
     assert log
 
 
-@pytest.mark.parametrize("seed", range(12))
+@thinned(2, seed=range(12))
 def test_random_graphs(seed, log):
     step = Captured(RandomGraph(seed), torch.randn(4, 6, 16))
     want, draw = step.run(step.emitted()), random.Random(seed)

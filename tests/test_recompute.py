@@ -33,7 +33,7 @@ from tests.random_graphs import (
 )
 
 
-@thinned(2, name=list(CASES), learns=[False, True])
+@thinned(2, name=CASES, learns=[False, True])
 def test_a_step_that_keeps_little_is_the_same_step(name, learns):
     model, x = CASES[name]()
     x = torch.randn(6, x) if isinstance(x, int) else x

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxaccel.kernels import _attention_cpu, _attention_rows, _flash, _score, _score_blocks
 from fxaccel.kernels import attention as kernel
+from tests.helpers import thinned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCALE = 0.3
@@ -201,9 +202,9 @@ def test_a_larger_sample_of_all_features(seed, near):
     check_sample(near, **sample(seed))
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("softcap", [0.0, 1.5])
-@pytest.mark.parametrize("bias", [b for b in BIASES if b and "*" not in b])
+@thinned(
+    2, bias=[b for b in BIASES if b and "*" not in b], softcap=[0.0, 1.5], dtype=[*DTYPES, torch.float64]
+)
 def test_gradients_of_tables(bias, softcap, dtype, near):
     q, k, v, dout = tensors(2, 4, 2, 40, 150, 8, 8, dtype)
     tables = tables_for("k <= q + 100", bias, 2, 4, 40, 150, dtype)
@@ -291,9 +292,7 @@ def test_causal_squares(s, t, dtype, near):
 LAYOUTS = ["heads last", "columns first", "part of a wider tensor", "one batch for all"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("bias", ["", "t0[q, k, b, h]", "t0[k, q]"])
+@thinned(2, bias=["", "t0[q, k, b, h]", "t0[k, q]"], softcap=[0.0, 2.0], layout=LAYOUTS)
 def test_strides(bias, softcap, layout, near):
     q, k, v, dout = (relaid(x, layout) for x in tensors(2, 2, 2, 20, 20, 16, 16))
     tables = tables_for("k <= q", bias, 2, 2, 20, 20)

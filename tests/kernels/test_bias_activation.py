@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxaccel.kernels import _activations
 from fxaccel.kernels import bias_activation as kernel
+from tests.helpers import thinned
 
 EAGER = {
     "silu": F.silu,
@@ -155,9 +156,12 @@ def test_strides(how, device):
 LAUNCHED = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 
 
-@pytest.mark.parametrize("activation", EAGER)
-@pytest.mark.parametrize("dtype", LAUNCHED, ids=str)
-@pytest.mark.parametrize("shape", [(7,), (3, 123), (0, 8), (4, 0), (3, 1025), (130, 33)], ids=str)
+@thinned(
+    2,
+    shape=[(7,), (3, 123), (0, 8), (4, 0), (3, 1025), (130, 33)],
+    dtype=LAUNCHED,
+    activation=EAGER,
+)
 def test_launch(shape, dtype, activation, device, near):
     x, b, dy = tensors(*shape, dtype=dtype, device=device)
     got = results(launched, x, b, dy, activation)

@@ -54,7 +54,7 @@ def compare(got, size, args, dy, out, reversed, roundings):
 
 
 @pytest.mark.parametrize(("reversed", "biased"), [(False, True), (True, False)])
-@thinned(2, size=list(SIZES), rows=ROWS, dtype=[*DTYPES, torch.float64])
+@thinned(2, size=SIZES, rows=ROWS, dtype=[*DTYPES, torch.float64])
 def test_cpu_kernel(size, rows, dtype, biased, reversed):
     """Half an eps each: both matrices, h, y, y + b; or matrices, dh, their gradients, a sum over stacks."""
     args, dy, out = tensors(size, rows, dtype, biased=biased)
@@ -77,7 +77,7 @@ def test_both_ways_of_the_cpu_kernel(way, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(("reversed", "biased"), [(False, True), (True, False)])
-@thinned(2, size=list(SIZES), rows=[0, 1, 7, 40], dtype=DTYPES)  # a tile has 16 rows at most
+@thinned(2, size=SIZES, rows=[0, 1, 7, 40], dtype=DTYPES)  # a tile has 16 rows at most
 def test_launch(size, rows, dtype, biased, reversed, device):
     """One rounding, or in the interpreter's bfloat16 one truncation."""
     args, dy, out = tensors(size, rows, dtype, device, biased)
@@ -110,7 +110,7 @@ def test_programs_that_take_several_tiles(device, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@thinned(2, size=list(SIZES), dtype=[*DTYPES, torch.float64], reversed=[False, True])
+@thinned(2, size=SIZES, dtype=[*DTYPES, torch.float64], reversed=[False, True])
 def test_the_gradient_by_its_definition(size, dtype, reversed):
     """What stands in for the launch where there is no GPU, through the Function that uses it."""
     args, dy, out = tensors(size, 7, dtype)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fxaccel.kernels import _quantized_rows, quantize_rows
 from fxaccel.kernels import glu_quantize as kernel
+from tests.helpers import thinned
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -71,10 +72,7 @@ def near(got, gate, up, activation, kind):
     assert ((q.double() * by - y).abs() <= error + by * (step / 2 + 4 * single * top)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("activation", EAGER)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned(3, shape=SHAPES, dtype=DTYPES, activation=EAGER, kind=KINDS)
 def test_on_the_cpu_it_is_the_operators_in_sequence(shape, dtype, activation, kind):
     gate, up = given(*shape, dtype=dtype)
     want = sequence(gate, up, activation, kind)
@@ -85,10 +83,7 @@ def test_on_the_cpu_it_is_the_operators_in_sequence(shape, dtype, activation, ki
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy's exp, in Triton's interpreter
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("activation", EAGER)
-@pytest.mark.parametrize("dtype", LAUNCHED, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned(2, shape=SHAPES, dtype=LAUNCHED, activation=EAGER, kind=KINDS)
 def test_launch(shape, dtype, activation, kind, device):
     gate, up = given(*shape, dtype=dtype, device=device)
     got = kernel.launch(gate, up, activation, kind)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxaccel.kernels import _blocks, _monarch
 from fxaccel.kernels import monarch as kernel
+from tests.helpers import thinned
 
 SIZES = {  # k, l, t, s, p, C, out
     "square": (4, 4, 4, 16, 16, 64, 64),
@@ -58,10 +59,7 @@ def compare(f, size, args, dy, out, rows):
         within(got, want, sums, wide + own, 1)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("size", SIZES)
+@thinned(2, size=SIZES, rows=ROWS, dtype=[*DTYPES, torch.float64], biased=[True, False])
 def test_cpu_kernel(size, rows, dtype, biased):
     args, dy, out = tensors(size, rows, dtype, biased=biased)
     compare(lambda *a: results(kernel.op, a[0], a[1], a[2]), size, args, dy, out, rows)
@@ -98,18 +96,13 @@ def forward_and_backward(launch):
     return run
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("size", SIZES)
+@thinned(2, size=SIZES, rows=ROWS, dtype=DTYPES, biased=[True, False])
 def test_launch(size, rows, dtype, biased, device):
     args, dy, out = tensors(size, rows, dtype, device, biased)
     compare(forward_and_backward(_monarch.launch_save), size, args, dy, out, rows)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("size", SIZES)
+@thinned(2, size=SIZES, rows=ROWS, dtype=DTYPES)
 def test_launch_fused(size, rows, dtype, device):
     args, _, out = tensors(size, rows, dtype, device)
     x, right, left, b = args

@@ -101,7 +101,7 @@ def near(got, kind, x, r, w, b, eps, centred, offset, first):
     assert ((q.double() * by - y).abs() <= error + by * (step / 2 + 4 * single * top)).all()
 
 
-@thinned(3, shape=SHAPES, dtype=DTYPES, norm=list(NORMS), kind=KINDS)
+@thinned(3, shape=SHAPES, dtype=DTYPES, norm=NORMS, kind=KINDS)
 def test_on_the_cpu_it_is_the_operators_in_sequence(shape, dtype, norm, kind):
     for added in (False, True):
         for weight in {dtype, torch.float64 if dtype == torch.float64 else torch.float32}:
@@ -122,7 +122,7 @@ def test_without_weights_and_bias(norm, how):
         same(getattr(kernel, how)(*bare, torch.int8), sequence("op", torch.int8, *bare))
 
 
-@thinned(2, shape=SHAPES, dtype=LAUNCHED, norm=list(NORMS), kind=KINDS)
+@thinned(2, shape=SHAPES, dtype=LAUNCHED, norm=NORMS, kind=KINDS)
 def test_launch(shape, dtype, norm, kind, device):
     for added in (False, True):
         args = given(shape, dtype, norm, device, added, weight=torch.float32 if added else dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fxaccel.kernels import _rows, add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from tests.helpers import thinned
 
 NORMS = {  # the module; whether there is a residual; whether there is a bias
     "rms_norm": (rms_norm, False, False),
@@ -86,9 +87,7 @@ def compare(name, args, near, how="launch"):
         near(got, eager, exact)
 
 
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@thinned(2, shape=SHAPES, dtype=DTYPES, name=NORMS)
 def test_launch(name, dtype, shape, device, near):
     compare(name, tensors(name, shape, dtype, device), near)
 
@@ -119,10 +118,7 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("how", ["launch", "op", "direct"])
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("extreme", EXTREMES)
+@thinned(2, extreme=EXTREMES, dtype=DTYPES, name=NORMS, how=["launch", "op", "direct"])
 def test_extremes(name, dtype, extreme, how, device, near):
     x, *rest = tensors(name, (3, 123), dtype, device)
     args = [EXTREMES[extreme](t) if t.ndim == 2 else t for t in (x, *rest)]

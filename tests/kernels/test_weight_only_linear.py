@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxaccel.kernels import _quantized, _quantized_cpu, _quantized_weights, dequantize
 from fxaccel.kernels import weight_only_linear as kernel
+from tests.helpers import thinned
 
 FORMATS = list(_quantized.FORMATS)
 FLOAT8 = torch.float8_e4m3fn
@@ -72,10 +73,7 @@ def compare(got, exact_and_terms, summands, dtype, weights=0, results=1):
     within(got, want, terms + torch.finfo(dtype).tiny, (summands + 2) * eps + own, 1)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", ALL, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("size", SIZES)
+@thinned(2, size=SIZES, format=FORMATS, dtype=ALL, biased=[True, False])
 def test_cpu_kernel(size, format, dtype, biased):
     for rows in ROWS:
         args = tensors(size, format, rows, dtype, biased)
@@ -84,10 +82,7 @@ def test_cpu_kernel(size, format, dtype, biased):
             compare(f(*args), want, SIZES[size][0], dtype)
 
 
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("dtype", ALL, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("size", SIZES)
+@thinned(2, size=SIZES, format=FORMATS, dtype=ALL, native=[True, False])
 def test_kept(size, format, dtype, native, monkeypatch):
     """Scales may be rounded to bf16 where codes are read, and y before b is added."""
     if not native:
@@ -132,10 +127,7 @@ def test_forms_are_made_once():
     assert kernel.worth({"w": args[1]})
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("size", SIZES)
+@thinned(2, size=SIZES, format=FORMATS, dtype=DTYPES, biased=[True, False])
 def test_launch(size, format, dtype, biased, device):
     """A weight may round otherwise, as what a GPU fuses rounds once; bf16 is truncated by the interpreter."""
     k, n, group = SIZES[size]
@@ -196,9 +188,7 @@ def test_leading_dimensions_and_strides(format, how, device):
     compare(f(x, *apart, *args[4:]), bounds([x, *args[1:]]), 256, x.dtype)
 
 
-@pytest.mark.parametrize("dtype", ALL, ids=str)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("size", ["odd", "64"])
+@thinned(2, size=["odd", "64"], format=FORMATS, dtype=ALL)
 def test_gradients(size, format, dtype):
     n = SIZES[size][1]
     args = tensors(size, format, 7, dtype)

@@ -10,6 +10,7 @@ from torch import nn
 from fxaccel.errors import OptionError
 from fxaccel.passes.structured import EAGER, KINDS, BlockLowRank, Butterfly, LowRank, Monarch
 from fxaccel.pattern import Ops
+from tests.helpers import thinned
 from tests.passes.structured_members import MEMBERS, SIZES, SMALL, D, draw, generator, named
 
 
@@ -76,9 +77,12 @@ def test_impossible_sizes_are_refused(make, why):
 # sized
 
 
-@pytest.mark.parametrize("share", [0.5, 0.25, 0.125, 0.03])
-@pytest.mark.parametrize("size", [*SIZES, (512, 512), (768, 3072), (1000, 1280), (50257, 768)], ids=str)
-@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+@thinned(
+    2,
+    kind=KINDS.values(),
+    size=[*SIZES, (512, 512), (768, 3072), (1000, 1280), (50257, 768)],
+    share=[0.5, 0.25, 0.125, 0.03],
+)
 def test_a_sized_member_keeps_to_its_share(kind, size, share):
     m = kind.sized(*size, share)
     if m is None:
@@ -123,9 +127,7 @@ def bound(m, x, factors, bias, dtype):
     return (summed + stored) * 1.01 * size + 4 * torch.finfo(dtype).smallest_normal
 
 
-@pytest.mark.parametrize("lead", [(3,), (), (2, 5), (0,)], ids=str)
-@pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("m", MEMBERS, ids=named)
+@thinned(3, m=MEMBERS, dtype=[D, torch.float32, torch.bfloat16, torch.float16], lead=[(3,), (), (2, 5), (0,)])
 def test_linear_is_the_linear_of_dense(m, dtype, lead):
     g = generator(5)
     factors = m.random(1 / m.columns, g, dtype)
