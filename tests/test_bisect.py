@@ -23,7 +23,7 @@ X = torch.randn(4, 8)
 class Layers(nn.Module):
     """Norms, of which each is a site."""
 
-    def __init__(self, count=6):
+    def __init__(self, count=4):
         super().__init__()
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(count))
 
@@ -44,16 +44,16 @@ def paths(found):
     return {s.site.path for s in found.suspects}
 
 
-@pytest.mark.parametrize("wrong", [{2}, {0, 5}, {1, 3, 4}], ids=str)
+@pytest.mark.parametrize("wrong", [{2}, {0, 3}], ids=str)
 def test_the_smallest_set_that_fails_together(wrong):
     names = {f"layers.{i}.1" for i in wrong}
     model = Layers().eval()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     found = fxaccel.bisect(model, lambda fast: not names <= fused(fast), ["fuse-norm"])
     assert paths(found) == names
-    assert found.sites == 6
+    assert found.sites == 4
     lines = str(found).splitlines()
-    assert lines[0] == f"the check fails by {len(wrong)} of 6 sites, found in {found.runs} runs:"
+    assert lines[0] == f"the check fails by {len(wrong)} of 4 sites, found in {found.runs} runs:"
     assert all("fuse-norm: LayerNorm at layers." in line and "test_bisect.py:" in line for line in lines[1:])
     told = json.loads(found.to_json())
     assert {s["site"]["path"] for s in told["suspects"]} == names
@@ -65,12 +65,12 @@ def test_one_of_many_takes_few_runs_and_none_twice():
 
     def check(fast):
         seen.append(frozenset(fused(fast)))
-        return "layers.9.1" not in seen[-1]
+        return "layers.5.1" not in seen[-1]
 
-    found = fxaccel.bisect(Layers(16).eval(), check, ["fuse-norm"])
-    assert paths(found) == {"layers.9.1"}
+    found = fxaccel.bisect(Layers(8).eval(), check, ["fuse-norm"])
+    assert paths(found) == {"layers.5.1"}
     assert found.runs == len(seen) == len(set(seen))
-    assert found.runs <= 2 + 2 * 4  # all, none, and at most two for each halving
+    assert found.runs <= 2 + 2 * 3  # all, none, and at most two for each halving
 
 
 def test_a_check_that_holds_has_no_suspects():

@@ -187,8 +187,11 @@ def test_checkpoints_of_the_model_are_planned_with_the_rest():
     "passes",
     [
         ["fuse-attention", "fuse-norm"],
-        ["layer-norm-to-rms-norm", "fuse-attention", "fuse-norm"],
-        ["replace-linear{structure=low-rank,init=random,share=0.3,even_if_slower=true}"],
+        pytest.param(["layer-norm-to-rms-norm", "fuse-attention", "fuse-norm"], marks=pytest.mark.slow),
+        pytest.param(
+            ["replace-linear{structure=low-rank,init=random,share=0.3,even_if_slower=true}"],
+            marks=pytest.mark.slow,
+        ),
         ["quantize{train=learned,weights=int8,even_if_slower=true}"],
     ],
 )
