@@ -60,8 +60,9 @@ def accelerate(
     calibration      calls, each given as `example_inputs` is, on which passes that are not exact are measured
                      (and held to their `budget`); without them, on the call that is captured
     measure          time every kind of site, as it is and rewritten, at the sizes of the captured call, and
-                     refuse what is slower on this machine; None: where `passes` is None. Never while
-                     torch.use_deterministic_algorithms is on: two processes may decide differently
+                     refuse what is slower on this machine; None: where `passes` is None and `check` is on,
+                     for it runs the original's part. Never while torch.use_deterministic_algorithms is on:
+                     two processes may decide differently
 
     Raises OptionError for wrong options, CaptureError where the model cannot be captured.
     """

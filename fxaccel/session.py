@@ -65,7 +65,8 @@ class Settings:
             if name not in names:
                 raise OptionError(f"expect names the pass {name!r}, which is not among {names}")
         requested = () if passes is None else tuple(names)
-        measure = passes is None if measure is None else measure
+        if measure is None:  # which runs what the model as written does, as the check does
+            measure = passes is None and bool(options["check"])
         return cls(tuple(found), requested, expect=tuple((expect or {}).items()), measure=measure, **options)
 
 
