@@ -39,7 +39,7 @@ MOVES = [
 ]
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(0, len(MOVES) - 1), min_size=1, max_size=6))
 def test_random_compositions(moves: list[int]):
     def function(m, x, y):

@@ -106,6 +106,7 @@ def test_memory_is_what_a_step_holds_at_the_most(monkeypatch):
         gains(Two().eval(), [], Call((X,), {}), rounds=0)
 
 
+@pytest.mark.clock
 def test_default_passes_are_those_that_pay_here(monkeypatch):
     monkeypatch.setattr(_clock, "by_turns", lambda runs, device, rounds: [1.0, 2.0])
     shown(monkeypatch, 1.0, 1.0)

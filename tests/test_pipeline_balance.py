@@ -98,7 +98,7 @@ def test_random_chains_are_cut_as_well_as_can_be(part):
     assert all(seen.count(what) >= 5 for what in ("cut", "tied", "refused")), "each kind is tried"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1e3), min_size=2, max_size=9), st.integers(2, 4))
 def test_seconds_that_are_no_eighths(seconds, stages):
     chain = [Node(t) for t in seconds]

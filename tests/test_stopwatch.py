@@ -12,6 +12,7 @@ from fxaccel.kernels import _clock
 from fxaccel.stopwatch import MARGIN, Stopwatch, Times
 from tests.helpers import Function, session
 
+pytestmark = pytest.mark.clock
 X = torch.randn(64, 64)
 
 

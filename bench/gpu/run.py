@@ -32,6 +32,13 @@ def lay_out(folder: Path) -> Path:
     return folder
 
 
+def tests() -> list[str]:
+    """Where tests marked `gpu` are: those of the kernels are by their fixture."""
+    folder = ROOT / "tests"
+    marked = {p for p in folder.rglob("test_*.py") if "mark.gpu" in p.read_text()}
+    return [str(folder / "kernels"), *sorted(str(p) for p in marked if p.parent.name != "kernels")]
+
+
 def main() -> int:
     """Exit code 0 where tests and benches ran without an error."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -46,8 +53,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder, (out / "gpu.log").open("w") as log:
         path = os.pathsep.join([str(lay_out(Path(folder))), str(HERE), os.environ.get("PYTHONPATH", "")])
-        tests = [str(ROOT / "tests" / name) for name in ("kernels", "test_offload_memory.py")]
-        commands = [[sys.executable, "-m", "pytest", "-m", "gpu", "-q", *tests]]
+        commands = [[sys.executable, "-m", "pytest", "-m", "gpu", "-q", *tests()]]
         if not options.tests_only:
             commands += [[sys.executable, str(bench)] for bench in BENCHES]
         for command in commands:

@@ -179,7 +179,7 @@ def test_nan_in_a_table_is_known_to_be_nothing(run, monkeypatch):
         check_lists(text, 16, 16, False, run[1](text, 16, 16, False))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=12, phases=[Phase.generate])
 @given(truths)
 def check_any(run, text):
     tile, lists = run
@@ -197,7 +197,7 @@ def test_any_expression(run):
 
 @pytest.mark.slow
 def test_many_expressions(run):
-    settings(max_examples=400, deadline=None)(check_any)(run)
+    settings(max_examples=400)(check_any)(run)
 
 
 def test_source_can_be_looked_at():

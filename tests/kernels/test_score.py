@@ -68,7 +68,7 @@ masks = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(integers)
 def test_integers_are_pythons(text):
     got = _score.evaluate(text, TABLES, B, H, S, T)
@@ -76,7 +76,7 @@ def test_integers_are_pythons(text):
     assert torch.equal(got.expand(B, H, S, T), meaning(text, TABLES))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(masks)
 def test_booleans_are_pythons(text):
     got = _score.evaluate(text, TABLES, B, H, S, T)
@@ -273,7 +273,7 @@ conjunctions = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(conjunctions)
 def test_a_band_and_its_rest_are_the_mask(text):
     whole = _score.evaluate(text, [], 1, 1, S, T).expand(1, 1, S, T)
@@ -328,7 +328,7 @@ masks_of_tables = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(masks_of_tables, st.integers(1, 3), st.integers(1, 3))
 def test_reach_leaves_no_key_out(text, queries, keys):
     check_reach(text, queries, keys)
