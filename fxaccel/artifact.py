@@ -27,7 +27,7 @@ from fxaccel import decode, encode
 from fxaccel.errors import ArtifactError
 from fxaccel.module import AcceleratedModule
 
-FORMAT = 5
+FORMAT = 6
 
 
 def save(module: AcceleratedModule, path: str | os.PathLike[str]) -> None:

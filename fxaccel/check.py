@@ -63,25 +63,39 @@ class _Seen:
 Runner = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, list[dict[str, Any]]]]
 
 
-def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -> Verdict:
-    """Run both on `example` (nothing that it holds is written to) and compare all that is seen."""
+def compare(
+    capture: Capture, original: nn.Module, module: Any, example: Call, loaded: bool = False
+) -> Verdict:
+    """Run both on `example` (nothing that it holds is written to) and compare all that is seen.
 
-    still = capture.program.redrawn  # its dropout draws other numbers: both are compared without
+    A capture that was `loaded` has no graph of the model's own to be the yardstick.
+    """
+    still, emitted = capture.program.redrawn, emitted_by(capture, example)
+    raw = None if loaded else capture.raw
+    return replace(compare_runs(emitted, original, module, example, raw, still), still=still)
+
+
+def emitted_by(capture: Capture, example: Call) -> Runner:
+    """What runs the capture on inputs like the example's; its code is bound to a tree once.
+
+    Nothing is dropped where its dropout draws other numbers than the model's.
+    """
+    bound: dict[nn.Module, Any] = {}
 
     def emitted(tree: nn.Module, leaves: tuple[Tensor, ...]) -> Any:
-        forward = capture.functions(tree, "<fxaccel check>", still)["forward"]
+        if tree not in bound:
+            functions = capture.functions(tree, "<fxaccel check>", capture.program.redrawn)
+            bound[tree] = functions["forward"]
         args, kwargs = example.unflatten(leaves)
         given = objects((args, kwargs))
-        value = deliver(forward(*leaves), capture.program.out_spec, given)
+        value = deliver(bound[tree](*leaves), capture.program.out_spec, given)
         return value, [dict(vars(g)) for g in given]
 
-    return replace(compare_runs(emitted, original, module, example, capture.raw, still), still=still)
+    return emitted
 
 
-def compare_runs(
-    emitted: Runner, original: nn.Module, module: Any, example: Call, raw: Program | None, still: bool = False
-) -> Verdict:
-    """Compare what `emitted` does over the tree of `module` with the original, both on `example`."""
+def written_by(example: Call, still: bool) -> Runner:
+    """What runs a model as written on inputs like the example's, with nothing dropped if `still`."""
 
     def eager(tree: nn.Module, leaves: tuple[Tensor, ...]) -> Any:
         args, kwargs = example.unflatten(leaves)
@@ -89,10 +103,17 @@ def compare_runs(
         with evaluate.Calm() if still else nullcontext():
             return tree(*args, **kwargs), [dict(vars(g)) for g in given]
 
-    state = torch.get_rng_state()
-    old = _observe(_isolated(original), eager, example, state)
+    return eager
+
+
+def compare_runs(
+    emitted: Runner, original: nn.Module, module: Any, example: Call, raw: Program | None, still: bool = False
+) -> Verdict:
+    """Compare what `emitted` does over the tree of `module` with the original, both on `example`."""
+    eager, state = written_by(example, still), torch.get_rng_state()
+    old = _observe(isolated(original), eager, example, state)
     try:
-        new = _observe(_isolated(module), emitted, example, state)
+        new = _observe(isolated(module), emitted, example, state)
     except Exception as error:  # whatever it raises, the model did not
         return Verdict(False, why=f"it raises {type(error).__name__}: {error}")
     if old.spec != new.spec:
@@ -100,7 +121,7 @@ def compare_runs(
     raw = evaluate.calm(raw) if raw is not None and still else raw
     found = None if raw is None else _in_float64(raw, original, example, state)
     if found is None or raw is None:
-        return _by_eps(old, new, lambda: _observe(_isolated(original), eager, example, state))
+        return _by_eps(old, new, lambda: _observe(isolated(original), eager, example, state))
     eps = _coarsest(raw)
     verdict = _verdict(old, new, found, "float64", eps=eps)
     if verdict.ok or verdict.share in (0.0, math.inf):
@@ -158,8 +179,8 @@ def _verdict(
     return Verdict(True, worst, yardstick=yardstick)
 
 
-def _isolated(module: nn.Module) -> nn.Module:
-    """A tree with buffers of its own and parameters over the same memory; ties are kept.
+def isolated(module: nn.Module, apart: bool = False) -> nn.Module:
+    """A tree with buffers of its own and parameters over the same memory, or apart; ties are kept.
 
     (Parameters of its own, so that no hook of the user sees the gradients of the comparison.)
     """
@@ -170,15 +191,15 @@ def _isolated(module: nn.Module) -> nn.Module:
                 m._buffers[key] = made.setdefault(id(buffer), buffer.detach().clone())
         for key, parameter in m._parameters.items():
             if parameter is not None:
-                own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                values = parameter.detach().clone() if apart else parameter.detach()
+                own = nn.Parameter(values, parameter.requires_grad)
                 m._parameters[key] = made.setdefault(id(parameter), own)
     return tree
 
 
 def _observe(tree: nn.Module, run: Runner, example: Call, state: Tensor) -> _Seen:
-    leaves = tuple(_fresh(t) for t in example.tensors)
+    leaves, given = inputs(example)
     watched = dict(tree.named_parameters()) | {f"input {i}": t for i, t in enumerate(leaves)}
-    given = tuple(_like(leaf, t) for leaf, t in zip(leaves, example.tensors, strict=True))
     with random_kept():  # numpy and Python draw the same numbers in each run
         torch.set_rng_state(state)
         outputs, spec = flatten(run(tree, given), keep=belongings(tree))
@@ -190,6 +211,12 @@ def _observe(tree: nn.Module, run: Runner, example: Call, state: Tensor) -> _See
     values |= {f"buffer {n}": b for n, b in tree.named_buffers()}
     values |= {f"input {i} after the call": t.detach() for i, t in enumerate(given)}
     return _Seen(values, spec)
+
+
+def inputs(example: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Copies of the example's tensors, and what of them a call is given: those, or with a history."""
+    leaves = tuple(_fresh(t) for t in example.tensors)
+    return leaves, tuple(_like(leaf, t) for leaf, t in zip(leaves, example.tensors, strict=True))
 
 
 def _fresh(tensor: Tensor) -> Tensor:

@@ -132,15 +132,24 @@ def explain(
 @app.command()
 def verify(
     model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
+    steps: Annotated[int, typer.Option(help="also train both for so many steps; compare the losses")] = 0,
+    against: Annotated[
+        str | None, typer.Option(help="of a saved file: package.module:callable of the model as written")
+    ] = None,
     allow: Allow = "reassociated", debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run every proof again: exit code 0 all hold, 1 one failed."""
     with _reported(debug):
-        if model.endswith(".fxa") or Path(model).is_file():
+        saved = model.endswith(".fxa") or Path(model).is_file()
+        if against is not None and not saved:
+            raise OptionError("--against is of a saved file", f"the model as written is {model}")
+        source = None if against is None else _model(against)[0]
+        if saved:
             fast = fxaccel.load(model)
         else:
-            fast = _accelerated(model, pass_, inputs, load, train, allow)
-        found = fast.verify()
+            fast = _accelerated(model, pass_, inputs, load, train or steps > 0, allow)
+        with _progress(f"verifying {model}"):
+            found = fast.verify(steps=steps, model=source)
         _say(str(found))
     raise typer.Exit(0 if found.ok else 1)
 

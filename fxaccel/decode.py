@@ -114,6 +114,7 @@ def _load_capture(data: dict[str, Any], tensors: dict[str, Tensor]) -> Capture:
         sizes={_name(k): (int(i), int(d)) for k, (i, d) in data["sizes"].items()}, guards=guards,
         hints=dict(data["hints"]), contiguous=frozenset(data["contiguous"]),
         training=data["training"], grad=data["grad"], notes=list(data["notes"]),
+        redrawn=bool(data["redrawn"]),
         schedule=_load_schedule(data["schedule"], {n.name for n in root.graph.nodes}),
         stages=_load_stages(data, root.graph),
     )  # fmt: skip

@@ -101,7 +101,7 @@ def _capture(one: Capture, key: Any, prefix: str, tensors: dict[str, Tensor]) ->
         "hints": program.hints,
         "contiguous": sorted(program.contiguous),
         "training": program.training,
-        "grad": program.grad,
+        "grad": program.grad, "redrawn": program.redrawn,
         "notes": program.notes,
         "schedule": None if program.schedule is None else asdict(program.schedule),
         "stages": None if program.stages is None else asdict(program.stages),

@@ -170,9 +170,15 @@ class AcceleratedModule(nn.Module):
         """The generated Python of every capture."""
         return self.__dict__[_KEY].code()
 
-    def verify(self) -> Any:
-        """Run every proof again, and compare each captured graph with the model once more."""
-        return self.__dict__[_KEY].verify(self)
+    def verify(self, *, steps: int = 0, model: nn.Module | None = None) -> Any:
+        """Run every proof again, and compare each captured graph with the model once more.
+
+        steps    also train copies of both for so many steps on one batch, and compare their losses
+        model    the model as written, where this module was loaded from a file; it gets a copy's weights
+
+        Raises OptionError where `steps` finds nothing that trains, or `model` is another one.
+        """
+        return self.__dict__[_KEY].verify(self, steps, model)
 
     def convert(self) -> Any:
         """Turn what was trained with rounding simulated into the model that is rounded; returns this module.

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fxaccel.memory import key
 from fxaccel.offload import Host, Layout, Mover
+from fxaccel.provenance import locate
 
 Function = Callable[..., None]
 """(run, *given): computes values again and fills slots with them."""
@@ -310,7 +311,11 @@ class Run:
                 stack.enter_context(torch.no_grad())
                 for mode in self.autocast:
                     stack.enter_context(torch.autocast(**mode))
-                one.function(self, *one.given)
+                try:
+                    one.function(self, *one.given)
+                except Exception as error:
+                    locate(error)
+                    raise
         return slot.value
 
     def rerun(

@@ -18,6 +18,7 @@ from fxaccel.calibration import Calibration
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import Call, ambient_autocast, capture
 from fxaccel.check import Verdict, compare
+from fxaccel.curve import Curve, curve
 from fxaccel.discover import resolve
 from fxaccel.emit import Code, emit
 from fxaccel.errors import CaptureError, OptionError, ProofError
@@ -25,6 +26,7 @@ from fxaccel.evaluate import calm
 from fxaccel.ir import Program, Replacement
 from fxaccel.pieces import Pieces
 from fxaccel.proof import Manifest, Proof, materialise
+from fxaccel.provenance import locate
 from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
 from fxaccel.stopwatch import Stopwatch
@@ -140,14 +142,16 @@ class Capture:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `fast.verify()` found: proofs run again, and models compared."""
+    """What `fast.verify()` found: proofs run again, models compared, losses over some steps."""
 
     proofs: list[Proof]
     checks: list[Verdict]
+    curves: list[Curve] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return all(p.ok for p in self.proofs) and all(c.ok for c in self.checks)
+        found: list[Proof | Verdict | Curve] = [*self.proofs, *self.checks, *self.curves]
+        return all(one.ok for one in found)
 
     def __str__(self) -> str:
         rows = [
@@ -155,7 +159,8 @@ class Verification:
             f"{'' if p.why else f'at {p.error:.2f} of the tolerance, gradients {p.grad_error:.2f}'}"
             for p in self.proofs
         ]
-        return "\n".join([*rows, *map(str, self.checks)]) or "no rewrite rests on a proof"
+        rows += map(str, (*self.checks, *self.curves))
+        return "\n".join(rows) or "no rewrite rests on a proof"
 
 
 @dataclass
@@ -195,7 +200,11 @@ class Session:
             one = self.capture(module, args, kwargs)
         if isinstance(one, Pieces):
             return one.run(*args, **kwargs)
-        leaves = one.forward(*tensors)
+        try:
+            leaves = one.forward(*tensors)
+        except Exception as error:
+            locate(error)
+            raise
         if example is None or not example.objects:
             return one.result(leaves)
         return deliver(leaves, one.program.out_spec, example.objects)
@@ -410,32 +419,52 @@ class Session:
             raise OptionError("the model was captured in pieces, which have no one diff", "see fast.report()")
         return Diff(one.raw if raw else one.canonical, one.program)
 
-    def verify(self, module: Any) -> Verification:
+    def verify(self, module: Any, steps: int = 0, model: nn.Module | None = None) -> Verification:
         """Every proof of every capture again; and, where the model's code is here, the model beside it."""
-        proofs, checks = [], []
+        proofs, checks, source = [], [], self.source(module, model)
+        curves = self.curves(module, source, steps) if steps else []
         for one in self.all:
             if isinstance(one, Pieces):
                 checks.append(Verdict(False, why="a model captured in pieces is checked at capture only"))
                 continue
             with random_kept():
                 proofs += one.manifest.again(one.program)
-                if not self.loaded and not one.loose and one.program.grad == torch.is_grad_enabled():
-                    checks.append(self.recheck(one, module))
-        return Verification(proofs, checks)
+                if source is not None and not one.loose and one.program.grad == torch.is_grad_enabled():
+                    source.train(one.program.training)
+                    checks.append(compare(one, source, module._bare(), _like(one), self.loaded))
+        return Verification(proofs, checks, curves)
 
-    def recheck(self, one: Capture, module: Any) -> Verdict:
-        """Compare with the model on random inputs of the captured kind."""
-        generator = torch.Generator().manual_seed(0)
-        leaves = [
-            one.program.baked[i]
-            if name is None
-            else materialise(one.program.placeholder(name).meta["val"], one.program.hints, generator)
-            for i, name in enumerate(one.program.inputs)
-        ]
-        args, kwargs = one.program.in_spec.unflatten(leaves)
-        tree = self.restored(module)
-        tree.train(one.program.training)
-        return compare(one, tree, module._bare(), Call(args, kwargs))
+    def source(self, module: Any, model: nn.Module | None) -> nn.Module | None:
+        """The model as written with the weights that it has now; None where only its graphs are here."""
+        if model is None:
+            return None if self.loaded else self.restored(module)
+        source = copy.deepcopy(model)
+        try:
+            source.load_state_dict(module.state_dict())
+        except RuntimeError as error:
+            raise OptionError(f"model is another one than was accelerated: {error}") from error
+        return source
+
+    def curves(self, module: Any, source: nn.Module | None, steps: int) -> list[Curve]:
+        """The loss over some steps of every capture of training, beside the model's."""
+        if steps < 0:
+            raise OptionError(f"steps is {steps}, expected 0 or more")
+        if source is None:
+            raise OptionError(
+                "steps trains the model as written, and a file holds its graphs alone",
+                "hand the model to verify",
+            )
+        found = [c for c in self.all if isinstance(c, Capture) and c.program.grad and not c.loose]
+        if not found:
+            raise OptionError(
+                "steps is for what is captured with gradients, by exact passes, in one graph; nothing is",
+                "call the model in training first",
+            )
+        curves = []
+        for one in found:
+            source.train(one.program.training)
+            curves.append(curve(one, source, module._bare(), _like(one), steps))
+        return curves
 
     def rebound(self, module: nn.Module) -> Session:
         """The same captures over the tables of another module of equal structure."""
@@ -445,6 +474,18 @@ class Session:
             for i, one in enumerate(other.captures[key]):
                 one.bind(module, i, self.settings.backend)
         return other
+
+
+def _like(one: Capture) -> Call:
+    """A call of the captured kind on random inputs."""
+    generator, program = torch.Generator().manual_seed(0), one.program
+    leaves = [
+        program.baked[i]
+        if name is None
+        else materialise(program.placeholder(name).meta["val"], program.hints, generator)
+        for i, name in enumerate(program.inputs)
+    ]
+    return Call(*program.in_spec.unflatten(leaves))
 
 
 def _unflattener(spec: Structure) -> Any:

@@ -24,6 +24,7 @@ from fxaccel.fakes import Fakes
 from fxaccel.ir import Program, expr, is_tensor, number
 from fxaccel.memory import Ledger
 from fxaccel.module import AcceleratedModule
+from fxaccel.provenance import locate
 from fxaccel.session import Capture
 from fxaccel.staged import name_of
 from fxaccel.stages import Part, batches, parts
@@ -85,7 +86,11 @@ class StageModule(nn.Module):
 
     def forward(self, *received: Tensor) -> tuple[Tensor, ...] | Tensor:
         """What the stage sends; of the last one the result, if that is one tensor."""
-        sent = _sent(self.__dict__["_run"](*received))
+        try:
+            sent = _sent(self.__dict__["_run"](*received))
+        except Exception as error:
+            locate(error)
+            raise
         return sent[0] if self.number == self.count - 1 and len(sent) == 1 else sent
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxaccel.evaluate import UNSTEADY, widen
 
 _SHRINK = 2.0**-12  # errors are made at 2**-30, to be seen clearly, and scaled down to 2**-42
-_LOST = 2.0**2  # two bits
+LOST = 2.0**2  # two bits
 DRAWS = 8  # of random errors, where the first says that a result is too far away
 
 
@@ -42,7 +42,7 @@ def share_of_tolerance(
     if new.dtype is not torch.float64:  # whose own steps would be those of `moved`
         errors = max(errors, *(distance(ref, o) for o in own), 0.0)
     seen = distance(ref, old) or errors  # 0: the original is in float64, and its error cannot be seen
-    allowed = _LOST * (seen + errors) + 2 * eps * largest
+    allowed = LOST * (seen + errors) + 2 * eps * largest
     found = distance(ref, new)
     return found / allowed if allowed else (0.0 if found == 0 else math.inf)
 
