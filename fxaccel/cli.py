@@ -427,6 +427,8 @@ def _explained(report: PassReport) -> Iterator[str]:
     for word, sites, why in words:
         for site in sites:
             yield f"  {word:<10}{site.path or '(root)'}  {site.source}  {why(site)}"
+            if site.change:
+                yield f"            it would be taken with: {site.change}"
 
 
 @contextlib.contextmanager

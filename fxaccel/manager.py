@@ -37,7 +37,7 @@ from fxaccel.pattern import Match, Miss, Ops
 from fxaccel.proof import Claim, Manifest, Proof, composed, describe, fragment, prove
 from fxaccel.quality import Budget
 from fxaccel.report import CaptureReport, PassReport, Site
-from fxaccel.rule import NUMERICS, STEPS, Pass, Rule, Rules, Search
+from fxaccel.rule import NUMERICS, STEPS, Pass, Refusal, Rule, Rules, Search
 from fxaccel.stopwatch import Stopwatch, Times
 
 ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
@@ -282,12 +282,18 @@ class Driver:
         """Record a rewritten site."""
         self.record.applied.append(self._site(node, why, rule, proof))
 
-    def refused(self, node: fx.Node, why: str, rule: str = "") -> None:
-        """Record a site that is left alone, with the sentence that says why."""
-        self.record.refused.append(self._site(node, why, rule))
+    def refused(self, node: fx.Node, why: str | Sequence[str], rule: str = "") -> None:
+        """Record a site that is left alone, with the sentences that say why.
 
-    def _site(self, node: fx.Node, why: str, rule: str, proof: str = "") -> Site:
-        return Site(path(node), source(node), why, rule or self.one.name, node.name, proof)
+        What would have to change for it is told where each of them knows.
+        """
+        why = [why] if isinstance(why, str) else list(why)
+        changes = [w.change for w in why if isinstance(w, Refusal)]
+        change = "; ".join(changes) if len(changes) == len(why) else ""
+        self.record.refused.append(self._site(node, "; ".join(why), rule, change=change))
+
+    def _site(self, node: fx.Node, why: str, rule: str, proof: str = "", change: str = "") -> Site:
+        return Site(path(node), source(node), why, rule or self.one.name, node.name, proof, change)
 
     def call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's insertion point with the provenance of `like`."""
@@ -402,13 +408,14 @@ class _Local:
         if isinstance(found, Miss):
             if found.depth > 1 and (name, root) not in self.seen:
                 self.seen.add((name, root))
-                self.driver.record.near_misses.append(self.driver._site(root, found.why, name))
+                site = self.driver._site(root, found.why, name, change=found.change)
+                self.driver.record.near_misses.append(site)
             return []
         why = [*_sentences(rule, found), *self.obstacles(rule, found), *self.left_out(name, root)]
         if why:
             if (name, root) not in self.seen:
                 self.seen.add((name, root))
-                self.driver.refused(root, "; ".join(why), name)
+                self.driver.refused(root, why, name)
             return []
         return self.replace(rule, found)
 
@@ -425,13 +432,24 @@ class _Local:
             if reader is not None:
                 by = "the output" if reader.op == "output" else target_name(reader.target)
                 at = f" at {source(reader)}" if source(reader) else ""
-                yield f"the intermediate {target_name(node.target)} is also read by {by}{at}"
+                name = target_name(node.target)
+                yield Refusal(
+                    f"the intermediate {name} is also read by {by}{at}",
+                    "return no such value" if reader.op == "output" else f"compute {name} for {by} once more",
+                )
         if len({n.meta.get("regions", ()) for n in m.nodes}) > 1:
-            yield "the site lies partly inside a no_grad, autocast or checkpoint region"
+            yield Refusal(
+                "the site lies partly inside a no_grad, autocast or checkpoint region",
+                "begin the region before the site, or after it",
+            )
         for node in m.nodes | m.also | _reads(m):
             if node in self.writers:
                 writer = self.writers[node]
-                yield f"%{node.name} is written in place by {target_name(writer.target)} at {source(writer)}"
+                name = target_name(writer.target)
+                yield Refusal(
+                    f"%{node.name} is written in place by {name} at {source(writer)}",
+                    "write into a copy, or make a new tensor",
+                )
         yield from _effects(rule, m)
         if any(not read < _point(m) for read in _reads(m)):
             yield "a value of the site is read before all of its inputs are there"
@@ -495,7 +513,8 @@ class _Local:
         for node in reversed(made):
             self.program.graph.erase_node(node)
         self.given_up.add((type(rule).__name__, root))
-        self.driver.refused(root, f"it {why}", type(rule).__name__)
+        named = Refusal(f"it {why}", f"name {self.driver.one.name} among `passes` to have it all the same")
+        self.driver.refused(root, [named], type(rule).__name__)
 
     def swap(self, m: Match, outputs: Sequence[fx.Node], made: list[fx.Node]) -> None:
         """Put the new values in the place of the old ones, under the old names."""

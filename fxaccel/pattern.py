@@ -225,10 +225,14 @@ class Match:
 
 @dataclass
 class Miss:
-    """The attempt at a pattern that got furthest, and the first clause that failed there."""
+    """The attempt at a pattern that got furthest, and the first clause that failed there.
+
+    change    what would have to stand there
+    """
 
     depth: int = -1
     why: str = ""
+    change: str = ""
 
 
 def _made(term: Any, match: Match) -> Iterator[Any]:
@@ -244,9 +248,9 @@ class _Matcher:
     def __init__(self) -> None:
         self.miss = Miss()
 
-    def fail(self, so_far: Match, why: str) -> None:
+    def fail(self, so_far: Match, why: str, change: str) -> None:
         if len(so_far.terms) > self.miss.depth:
-            self.miss = Miss(len(so_far.terms), why)
+            self.miss = Miss(len(so_far.terms), why, change)
 
     def match(self, term: Any, subject: Any, so_far: Match) -> Iterator[Match]:
         if term is ANY:
@@ -266,7 +270,7 @@ class _Matcher:
         elif same(term, subject):
             yield so_far
         else:
-            self.fail(so_far, f"it is {_show(subject)}, the pattern has {term!r}")
+            self.fail(so_far, f"it is {_show(subject)}, the pattern has {term!r}", f"{term!r} there")
 
     def variable(self, term: Var, subject: Any, so_far: Match) -> Iterator[Match]:
         if term.name not in so_far.bound:
@@ -275,14 +279,16 @@ class _Matcher:
             yield so_far
         else:
             known = _show(so_far.bound[term.name])
-            self.fail(so_far, f"{term.name} is {known} in one place and {_show(subject)} in another")
+            why = f"{term.name} is {known} in one place and {_show(subject)} in another"
+            self.fail(so_far, why, f"the same {term.name} in both places")
 
     def result(self, term: Result, subject: Any, so_far: Match) -> Iterator[Match]:
         if is_call(subject, operator.getitem) and subject.args[1] == term.index:
             for match in self.match(term.term, subject.args[0], so_far):
                 yield replace(match, terms=match.terms | {term: subject})
         else:
-            self.fail(so_far, f"{_show(subject)} is not result {term.index} of {term.term.target}")
+            wanted = f"result {term.index} of {term.term.target}"
+            self.fail(so_far, f"{_show(subject)} is not {wanted}", f"{wanted} in its place")
 
     def call(self, term: Term, subject: Any, so_far: Match) -> Iterator[Match]:
         if term in so_far.terms:
@@ -291,7 +297,10 @@ class _Matcher:
             return
         if not is_call(subject, term.target):
             name = target_name(term.target)
-            self.fail(so_far, f"{_show(subject)} stands where the pattern has {name}")
+            shown = _show(subject)
+            self.fail(
+                so_far, f"{shown} stands where the pattern has {name}", f"{name} in the place of {shown}"
+            )
             return
         given = arguments(subject)
         orders = [given]
@@ -315,11 +324,13 @@ class _Matcher:
             matched = True
             yield from self.arguments(term, rest, given, match)
         if not matched and self.miss is not furthest and not isinstance(term.args[first], Term):
-            self.miss.why = f"argument {first!r} of {target_name(term.target)}: {self.miss.why}"
+            of = f"argument {first!r} of {target_name(term.target)}"
+            self.miss.why, self.miss.change = f"{of}: {self.miss.why}", f"{self.miss.change}, as {of}"
 
     def sequence(self, terms: list[Any], subject: Any, so_far: Match) -> Iterator[Match]:
         if not isinstance(subject, (list, tuple)) or len(subject) != len(terms):
-            self.fail(so_far, f"it is {_show(subject)}, the pattern has {len(terms)} items")
+            why = f"it is {_show(subject)}, the pattern has {len(terms)} items"
+            self.fail(so_far, why, f"{len(terms)} items there")
             return
         if not terms:
             yield so_far

@@ -18,6 +18,7 @@ class Site:
     rule      name of the rule within the pass
     node      name of the root node in the listing before the pass
     proof     key of the site's proof in the manifest, "" where there is none
+    change    what of yours would have to be another way for the pass to take it, "" where `why` says it all
     """
 
     path: str
@@ -26,6 +27,7 @@ class Site:
     rule: str
     node: str
     proof: str = ""
+    change: str = ""
 
     def __str__(self) -> str:
         where = "  ".join(w for w in (self.path or "(root)", self.source) if w)

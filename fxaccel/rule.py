@@ -27,9 +27,36 @@ from fxaccel.ir import Program, Replacement, path
 from fxaccel.pattern import ANY, Match, Miss, Ops, Pattern
 from fxaccel.quality import Budget
 
-__all__ = ["ANY", "Finder", "Match", "Miss", "Ops", "Pass", "Refusals", "Rule", "Rules", "register"]
+__all__ = [
+    "ANY",
+    "Finder",
+    "Match",
+    "Miss",
+    "Ops",
+    "Pass",
+    "Refusal",
+    "Refusals",
+    "Rule",
+    "Rules",
+    "register",
+]
 
 Refusals = Iterator[str]
+
+
+class Refusal(str):
+    """A sentence of `refuse` that also says what of the user's would have to be another way."""
+
+    __slots__ = ("change",)
+    change: str
+
+    def __new__(cls, why: str, change: str) -> Refusal:
+        """`why` it is left alone, and what `change` of model, call or options would let it be taken."""
+        made = super().__new__(cls, why)
+        made.change = change
+        return made
+
+
 Numerics = Literal["bitwise", "reassociated", "lower_precision", "approximate"]
 NUMERICS: tuple[Numerics, ...] = ("bitwise", "reassociated", "lower_precision", "approximate")
 STEPS = ("raise", "rewrite", "plan", "lower", "cut", "schedule")

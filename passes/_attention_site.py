@@ -100,7 +100,7 @@ def written_out(program: Program, root: fx.Node) -> Match | Miss:
         a = arguments(node)
         if node.target is aten.dropout.default:
             if dropout and a["train"]:
-                return Miss(2, "the weights are dropped twice")
+                return Miss(2, "the weights are dropped twice", "one dropout of the weights")
             dropout = float(a["p"]) if a["train"] else dropout
         elif node.target is aten.slice.Tensor:
             cut = True
@@ -108,7 +108,8 @@ def written_out(program: Program, root: fx.Node) -> Match | Miss:
         node = a.get("self", node.args[0])
     if not is_call(node, aten.softmax.int):
         if _comes_from_softmax(node):
-            return Miss(2, f"{named(node)} stands between the softmax and the product with v")
+            why = f"{named(node)} stands between the softmax and the product with v"
+            return Miss(2, why, "the weights as the softmax makes them, or a dropout of them")
         return Miss(0, "no softmax")
     return _below_softmax(program, root, [*core, node], v, dropout, cut)
 
@@ -134,11 +135,14 @@ def _below_softmax(
     a = arguments(softmax)
     scores, rank = a["self"], a["self"].meta["val"].dim()
     if a["dim"] % rank != rank - 1:
-        return Miss(2, f"the softmax is over dimension {a['dim'] % rank} of {rank}, not over the keys")
+        why = f"the softmax is over dimension {a['dim'] % rank} of {rank}, not over the keys"
+        return Miss(2, why, "softmax(scores, -1)")
     sink_node = None
     if cut:
         if not (is_call(scores, aten.cat.default) and len(scores.args[0]) == 2 and _cuts_sink(core, scores)):
-            return Miss(2, "the weights are sliced before the product with v")
+            return Miss(
+                2, "the weights are sliced before the product with v", "k, v and mask sliced in their place"
+            )
         core.append(scores)
         scores, sink_node = scores.args[0]
     shapes = [n.meta["val"].shape for n in (root.args[0], *chain(scores))]
@@ -146,7 +150,8 @@ def _below_softmax(
     reader = _reader(program, p)
     at = _above_scores(reader, p, core)
     if at is None:
-        return Miss(2, "the weights are reshaped between the softmax and the product with v")
+        why = "the weights are reshaped between the softmax and the product with v"
+        return Miss(2, why, "v reshaped in their place")
     walk = Scores(reader, at)
     product = walk.descend(scores)
     if product is None:

@@ -118,6 +118,20 @@ def test_explain_names_site_and_line(run):
     assert "cli_models.py:13" in done.output
 
 
+def test_explain_says_what_would_be_taken(run, tmp_path):
+    (tmp_path / "near_models.py").write_text(
+        "import torch\n"
+        "class Near(torch.nn.Module):\n"
+        "    def forward(self, q, k, v):\n"
+        "        return (q @ k.mT).softmax(-2) @ v\n"
+        "def build():\n"
+        "    return Near(), tuple(torch.randn(2, 3, 5, 8) for _ in range(3))\n"
+    )
+    lines = run("explain", "near_models:build", "-p", "fuse-attention").output.splitlines()
+    assert lines[1].startswith("  near miss ")
+    assert lines[2] == "            it would be taken with: softmax(scores, -1)"
+
+
 def test_explain_says_why_not_of_one_pass_in_one_module(run):
     done = run("explain", "cli_models:build", "--why-not", "fuse-norm", "norm")
     assert done.exit_code == 0, done.output

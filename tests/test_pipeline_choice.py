@@ -10,6 +10,7 @@ from fxaccel.errors import OptionError
 from fxaccel.pipeline.choice import Candidate, candidates, choose, divisors
 from fxaccel.pipeline.orders import ONE, SCHEDULES, TWO, order
 from fxaccel.pipeline.simulator import Link, Stage, simulate
+from tests.helpers import thinned
 
 LINK = Link(0.5, 64)
 NODES = 24  # of the model whose stages these are
@@ -72,8 +73,7 @@ def everything(ranks, batch):
                 yield max(end.values()), max(peaks(one, stages, LINK))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch", [4, 6, 8, 12, 24])
+@thinned(2, ranks=[1, 2, 3, 4], batch=[4, 6, 8, 12, 24])
 def test_the_best_of_all_in_each_cell(ranks, batch):
     """20 cells here, times the caps of memory: 100."""
     known = list(everything(ranks, batch))

@@ -64,6 +64,7 @@ def test_json_goes_out_and_comes_back(report):
         "rule",
         "node",
         "proof",
+        "change",
     }
 
 

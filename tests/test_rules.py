@@ -71,6 +71,49 @@ def test_a_near_miss_names_the_first_clause_that_failed_with_the_users_line():
     assert report.near_misses[0].why == "aten.sum.dim_IntList stands where the pattern has aten.mean.dim"
 
 
+@pytest.mark.parametrize(
+    ("function", "change"),
+    [
+        (
+            lambda a: a * (a.mean(0, keepdim=True) + 1e-6).rsqrt(),
+            "-1 there, as argument 'dim' of aten.mean.dim",
+        ),
+        (lambda a: a * (a.mean(-1) + 1e-6).rsqrt(), "True there, as argument 'keepdim' of aten.mean.dim"),
+        (
+            lambda a: a * (a.sum(-1, keepdim=True) + 1e-6).rsqrt(),
+            "aten.mean.dim in the place of aten.sum.dim_IntList",
+        ),
+        (
+            lambda a: a * ((a + 1).mean(-1, keepdim=True) + 1e-6).rsqrt(),
+            "the same x in both places, as argument 'self' of aten.mean.dim",
+        ),
+        (lambda a: a * (a.mean((-1, 0), keepdim=True) + 1e-6).rsqrt(), "1 items there, as argument 'dim' of"),
+    ],
+)
+def test_a_near_miss_says_what_would_match(function, change):
+    rewrite = lambda self, op, m: op.aten.rms_norm.default(m.x, [4])  # noqa: E731
+    x = torch.randn(4, 4)
+    report, _ = applied(norm_like, function, x, rewrite=rewrite)
+    assert report.near_misses[0].change.startswith(change)
+    right = lambda a: a * (a.mean(-1, keepdim=True) + 1e-6).rsqrt()  # noqa: E731
+    assert not missed(lambda op, x, eps: norm_like(None, op, x, eps), right, x)
+
+
+def test_a_refusal_says_what_would_change_it_where_each_of_its_sentences_knows():
+    sentences = [fxaccel.rule.Refusal("it is odd", "an even one")]
+    refuse = lambda self, m: iter(sentences)  # noqa: E731
+    report, _ = applied(exp_of_sin, lambda a: a.sin().exp(), refuse=refuse)
+    assert [(s.why, s.change) for s in report.refused] == [("it is odd", "an even one")]
+    sentences.append(fxaccel.rule.Refusal("it is large", "a small one"))
+    report, _ = applied(exp_of_sin, lambda a: a.sin().exp(), refuse=refuse)
+    assert [(s.why, s.change) for s in report.refused] == [
+        ("it is odd; it is large", "an even one; a small one")
+    ]
+    sentences.append("it is what it is")
+    report, _ = applied(exp_of_sin, lambda a: a.sin().exp(), refuse=refuse)
+    assert [s.change for s in report.refused] == [""]
+
+
 def test_a_node_that_only_shares_the_root_is_no_near_miss():
     report, _ = applied(norm_like, lambda a: a * 2)
     assert report.near_misses == []
@@ -88,6 +131,7 @@ def test_an_intermediate_that_is_read_elsewhere_is_refused():
     report, _ = applied(exp_of_sin, lambda a: ((s := a.sin()).exp(), s * 2), rewrite=exp_of_sin_again)
     assert report.applied == []
     assert "the intermediate aten.sin is also read by aten.mul.Tensor at helpers.py:" in report.refused[0].why
+    assert report.refused[0].change == "compute aten.sin for aten.mul.Tensor once more"
     report, _ = applied(exp_of_sin, lambda a: ((s := a.sin()).exp(), s), rewrite=exp_of_sin_again)
     assert "also read by the output" in report.refused[0].why
 

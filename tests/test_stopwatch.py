@@ -98,6 +98,7 @@ def test_a_slower_site_is_left_as_it_was_and_the_report_says_by_how_much():
         == f"it takes {times.new / times.old:.2f} times as long here ({times.new:.3g} ms for {times.old:.3g})"
     )
     assert times.new > 2 * times.old
+    assert site.change == "name longer among `passes` to have it all the same"
     assert not report.applied
     assert "clamp_min" not in fast.code
     assert not session(fast).all[0].manifest.proofs

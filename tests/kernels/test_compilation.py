@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fxaccel.kernels import _attention_rows, _flash, _flash_blocks, _rows
+from tests.helpers import thinned
 
 triton = pytest.importorskip("triton")
 nvidia = pytest.importorskip("triton.backends.nvidia")
@@ -101,10 +102,10 @@ def rows_backward(target, dtype, columns, centred, biased, fp32=FP32_POINTERS):
     check(kernel, target, dtype, constants, config, fp32=fp32)
 
 
-@pytest.mark.parametrize("kernel", [rows_forward, rows_backward])
-@pytest.mark.parametrize("columns", [64, 1024, 4096, 8192, 16384, 65536])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("target", TARGETS)
+@thinned(
+    2, target=TARGETS, dtype=["bf16", "fp32"], columns=[64, 1024, 4096, 8192, 16384, 65536],
+    kernel=[rows_forward, rows_backward],
+)  # fmt: skip
 def test_rows(target, dtype, columns, kernel):
     kernel(target, dtype, columns, True, True)
 

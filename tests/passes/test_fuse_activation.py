@@ -14,7 +14,7 @@ from fxaccel.listing import listing
 from fxaccel.passes import FuseActivation
 from fxaccel.passes._activations import NAMES
 from fxaccel.passes.fuse_activation import BiasActivation, OneActivation
-from tests.helpers import Function, Method, session, targets
+from tests.helpers import Function, Method, session, targets, thinned
 
 F = nn.functional
 aten = torch.ops.aten
@@ -278,8 +278,7 @@ def test_other_activations_are_no_sites(look_alike):
 # -- values agree ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@thinned(2, name=NAMES, dtype=[torch.float32, torch.bfloat16])
 def test_values_and_gradients_agree(name, dtype):
     """With those of float64, but for what the model itself is off by in this dtype."""
     model, x = Layer(SPELLINGS[name][0]).to(dtype), X.to(dtype)

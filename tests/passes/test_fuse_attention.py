@@ -152,6 +152,13 @@ def test_declines_and_says_why(name):
 
 
 @pytest.mark.filterwarnings("ignore:pass")
+def test_a_near_miss_says_what_would_be_taken():
+    report = accelerated(lambda s, q, k, v: (q @ k.mT).softmax(-2) @ v, Q, K, V).report()["fuse-attention"]
+    (miss,) = report.near_misses
+    assert miss.change == "softmax(scores, -1)"
+
+
+@pytest.mark.filterwarnings("ignore:pass")
 @pytest.mark.parametrize(
     ("name", "near"),
     {

@@ -13,7 +13,7 @@ from fxaccel import manager
 from fxaccel.kernels import quantize_rows
 from fxaccel.listing import listing
 from fxaccel.passes import FuseQuantize, Quantize
-from tests.helpers import session
+from tests.helpers import session, thinned
 
 WIDTH, INNER = 16, 40
 X, R = torch.randn(2, 3, WIDTH), torch.randn(2, 3, WIDTH)
@@ -157,12 +157,13 @@ class Site(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:pass")  # fuse-norm, where there is none
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("to", [torch.int8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize(
-    ("function", "line"), [*NORMS, *GATES], ids=lambda v: v if isinstance(v, str) else ""
-)
-def test_every_spelling_becomes_one_kernel_of_the_same_values(function, line, to, dtype):
+@thinned(
+    3, number=range(len([*NORMS, *GATES])), to=[torch.int8, torch.float8_e4m3fn],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+)  # fmt: skip
+def test_every_spelling_becomes_one_kernel_of_the_same_values(number, to, dtype):
+    function, line = [*NORMS, *GATES][number]
+
     def forward(s, x, r):
         q, scale = rounded(function(s, x, r), to)
         return q.float(), scale, r + 1

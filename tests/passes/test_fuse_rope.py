@@ -153,7 +153,10 @@ def test_layers_that_share_their_angles_are_turned_each_by_itself():
     agree(Function(layers), fast, Q, 2 * Q, COS, SIN)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPTNeoX", "GPTJ", "Cohere", "Glm", "Phi", "Esm"])
+SLOW_MODELS = [pytest.param(name, marks=pytest.mark.slow) for name in ("Glm", "Phi", "Esm")]
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPTNeoX", "GPTJ", "Cohere", *SLOW_MODELS])
 def test_models(name):
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
              "intermediate_size": 64, "max_position_embeddings": 64, "use_cache": False}  # fmt: skip

@@ -11,7 +11,7 @@ import fxaccel
 from fxaccel import manager
 from fxaccel.listing import listing
 from fxaccel.passes import MergeLinears
-from tests.helpers import Method, session, targets
+from tests.helpers import Method, session, targets, thinned
 
 F = nn.functional
 C = 6
@@ -154,8 +154,7 @@ FIRED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [MERGE, FOLD], ids=["computed", "fold"])
-@pytest.mark.parametrize("name", FIRED)
+@thinned(2, name=FIRED, options=[MERGE, FOLD])
 def test_groups_of_every_kind(name, options):
     function, children, args = FIRED[name]
     model = Method(function, **copy.deepcopy(children))

@@ -15,14 +15,12 @@ from fxaccel.kernels import fake_quantize, fake_quantize_rows
 from fxaccel.listing import listing
 from fxaccel.passes import Quantize, _linear_fits
 from fxaccel.passes.quantized.matrix import INPUTS
-from tests.helpers import session, targets, train_step
+from tests.helpers import session, targets, thinned, train_step
 
 WIDTH = 24
 FORMS = [(f, i) for i, formats in INPUTS.items() for f in formats]
 KINDS = ("observed", "learned")
 QUICK = [("int8", "dynamic-int8"), ("int4", "none"), ("int4", "static-int8"), ("float8", "dynamic-float8")]
-forms = pytest.mark.parametrize(("format", "inputs"), FORMS)
-kinds = pytest.mark.parametrize("train", KINDS)
 
 
 class Net(nn.Module):
@@ -140,9 +138,9 @@ def test_nothing_is_timed_and_nothing_refused_for_its_time(monkeypatch):
         assert len(fast.report()["quantize"].applied) == 4
 
 
-@kinds
-@forms
-def test_everything_is_trained(format, inputs, train):
+@thinned(3, form=FORMS, train=KINDS)
+def test_everything_is_trained(form, train):
+    format, inputs = form
     x = drawn(3, 40, WIDTH)
     model = Net()
     fast = prepared(model, x, weights=format, inputs=inputs, train=train)
@@ -196,10 +194,9 @@ def test_what_was_held_fixed_stays_fixed():
     assert fast.get_parameter("down.weight_weight").requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@kinds
-@forms
-def test_the_integer_model_computes_what_was_trained(format, inputs, train, dtype):
+@thinned(4, form=FORMS, train=KINDS, dtype=[torch.float32, torch.bfloat16])
+def test_the_integer_model_computes_what_was_trained(form, train, dtype):
+    format, inputs = form
     """fp32 loses an eps a summand on both sides; bf16 rounds inputs, weights and both results once."""
     x, model = drawn(40, 37, dtype=dtype), One().to(dtype)
     fast = prepared(model, x, weights=format, inputs=inputs, train=train, also="heads")

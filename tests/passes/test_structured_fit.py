@@ -9,6 +9,7 @@ from fxaccel.errors import OptionError
 from fxaccel.passes._target import DAMPING, Target, root
 from fxaccel.passes.structured import EAGER, BlockLowRank, Butterfly, LowRank, Monarch, _descent, _peeling
 from fxaccel.passes.structured._completion import Completion
+from tests.helpers import thinned
 from tests.passes.structured_members import (
     EPS,
     MEMBERS,
@@ -102,7 +103,7 @@ def test_a_member_is_recovered_and_its_projection_stays(m):
     assert m.error(w, found) <= rounding(m)
 
 
-@pytest.mark.parametrize("m", [m for m in MEMBERS if m.columns < 64], ids=named)
+@thinned(3, m=[m for m in MEMBERS if m.columns < 64])
 def test_a_member_is_recovered_with_a_gram(m):
     """As far as the gram sees: its directions span 2 powers of ten, the damping's more."""
     w, g = m.dense(EAGER, *draw(m)), gram(m)
@@ -183,16 +184,20 @@ def rival(m, w, g, starts=50, steps=700):
     return min(m.error(w, m._descended(target, f, 200), g) for f in best)
 
 
+QUICK = [(m, i % 4 == 2) for i, m in enumerate(SMALL) if i % 2 == 0]
+
+
 @pytest.mark.parametrize(
     ("m", "weighted"),
     [
         pytest.param(
-            m, g, id=f"{named(m)}-{'gram' if g else 'plain'}", marks=[] if g == i % 2 else pytest.mark.slow
+            m, g, id=f"{named(m)}-{'gram' if g else 'plain'}",
+            marks=[] if (m, g) in QUICK else pytest.mark.slow,
         )
-        for i, m in enumerate(SMALL)
+        for m in SMALL
         for g in (False, True)
     ],
-)
+)  # fmt: skip
 def test_no_random_restart_ends_lower(m, weighted):
     w, g, found = problem(m, weighted)
     # both stop where ten steps gain 1e-8 of the squared error; the damping adds its own part
@@ -284,8 +289,7 @@ def test_a_sweep_that_rises_is_not_taken(last):
 # more steps, and edges
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "gram"])
-@pytest.mark.parametrize("m", SMALL, ids=named)
+@thinned(2, m=SMALL, weighted=[False, True])
 def test_steps_never_make_it_worse_and_are_reported(m, weighted):
     w, g, found = problem(m, weighted)
     seen = []
@@ -302,7 +306,7 @@ def test_steps_help_where_the_projection_stopped_early():
     assert m.error(w, m.fit(w, steps=20)) < m.error(w, m.fit(w)) * (1 - 1e-5)
 
 
-@pytest.mark.parametrize("m", SMALL, ids=named)
+@thinned(2, m=SMALL)
 def test_a_gram_helps_and_one_of_low_rank_is_taken(m):
     w, g, found = problem(m, True)
     plain, few = problem(m, False)[2], gram(m, rank=3)
@@ -352,8 +356,7 @@ def test_zero_is_fitted_by_zero(m):
     assert m.error(w, found) == 0
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "gram"])
-@pytest.mark.parametrize("m", SMALL, ids=named)
+@thinned(2, m=SMALL, weighted=[False, True])
 def test_it_is_deterministic_and_leaves_its_inputs_alone(m, weighted):
     w, g, one = problem(m, weighted)
     kept = w.clone(), None if g is None else g.clone()
@@ -368,8 +371,7 @@ def test_it_is_deterministic_and_leaves_its_inputs_alone(m, weighted):
     assert not any(f.requires_grad or f.is_inference() for f in (*one, *two))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("m", SMALL, ids=named)
+@thinned(3, m=SMALL, dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_factors_have_the_dtype_of_the_weight_and_its_rounding(m, dtype):
     w = weight(m, dtype=D).to(dtype).requires_grad_()
     found, wide = m.fit(w, steps=2), m.fit(w.double(), steps=2)
