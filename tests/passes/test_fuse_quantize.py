@@ -141,6 +141,7 @@ GATES = [
     (lambda s, x, r: F.silu(x) * x, "glu_quantize(%x, %x, 'silu', i8)"),
     (lambda s, x, r: torch.sigmoid(x) * r, "glu_quantize(%x, %r, 'sigmoid', i8)"),
 ]
+SPELLINGS = [*NORMS, *GATES]
 
 
 class Site(nn.Module):
@@ -158,11 +159,11 @@ class Site(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:pass")  # fuse-norm, where there is none
 @thinned(
-    3, number=range(len([*NORMS, *GATES])), to=[torch.int8, torch.float8_e4m3fn],
+    3, number=range(len(SPELLINGS)), to=[torch.int8, torch.float8_e4m3fn],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
 )  # fmt: skip
 def test_every_spelling_becomes_one_kernel_of_the_same_values(number, to, dtype):
-    function, line = [*NORMS, *GATES][number]
+    function, line = SPELLINGS[number]
 
     def forward(s, x, r):
         q, scale = rounded(function(s, x, r), to)
@@ -328,9 +329,9 @@ def test_it_serves_inference_alone():
 # -- values agree ----------------------------------------------------------------------------------
 
 
-NORMS = {"rms": lambda: nn.RMSNorm(WIDTH, eps=1e-5), "layer": lambda: nn.LayerNorm(WIDTH)}
+MODULES = {"rms": lambda: nn.RMSNorm(WIDTH, eps=1e-5), "layer": lambda: nn.LayerNorm(WIDTH)}
 BLOCKS = list(
-    itertools.product(NORMS, (F.silu, F.gelu, F.relu), (torch.float32, torch.bfloat16), ("int8", "float8"))
+    itertools.product(MODULES, (F.silu, F.gelu, F.relu), (torch.float32, torch.bfloat16), ("int8", "float8"))
 )
 COVERING = (BLOCKS[0], BLOCKS[7], BLOCKS[9], BLOCKS[14], BLOCKS[16], BLOCKS[23])  # each of all, in few
 
@@ -340,7 +341,7 @@ COVERING = (BLOCKS[0], BLOCKS[7], BLOCKS[9], BLOCKS[14], BLOCKS[16], BLOCKS[23])
     [pytest.param(*b, marks=[] if b in COVERING else pytest.mark.slow) for b in BLOCKS],
 )
 def test_a_quantized_block_computes_the_same_bits(norm, activation, dtype, codes):
-    model = Block(NORMS[norm], activation).eval().to(dtype)
+    model = Block(MODULES[norm], activation).eval().to(dtype)
     before, after = (
         quantized(model, *more, inputs=f"dynamic-{codes}", weights=codes, dtype=dtype)
         for more in ((), ("fuse-quantize",))
