@@ -60,7 +60,8 @@ class _Seen:
     spec: Structure
 
 
-Runner = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, list[dict[str, Any]]]]
+Runner = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, list[Any]]]
+"""Calls a tree on tensors: its result, and the objects that were passed in and perhaps changed."""
 
 
 def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -> Verdict:
@@ -72,8 +73,7 @@ def compare(capture: Capture, original: nn.Module, module: Any, example: Call) -
         forward = capture.functions(tree, "<fxaccel check>", still)["forward"]
         args, kwargs = example.unflatten(leaves)
         given = objects((args, kwargs))
-        value = deliver(forward(*leaves), capture.program.out_spec, given)
-        return value, [dict(vars(g)) for g in given]
+        return deliver(forward(*leaves), capture.program.out_spec, given), given
 
     return replace(compare_runs(emitted, original, module, example, capture.raw, still), still=still)
 
@@ -87,7 +87,7 @@ def compare_runs(
         args, kwargs = example.unflatten(leaves)
         given = objects((args, kwargs))
         with evaluate.Calm() if still else nullcontext():
-            return tree(*args, **kwargs), [dict(vars(g)) for g in given]
+            return tree(*args, **kwargs), given
 
     state = torch.get_rng_state()
     old = _observe(_isolated(original), eager, example, state)
@@ -181,7 +181,9 @@ def _observe(tree: nn.Module, run: Runner, example: Call, state: Tensor) -> _See
     given = tuple(_like(leaf, t) for leaf, t in zip(leaves, example.tensors, strict=True))
     with random_kept():  # numpy and Python draw the same numbers in each run
         torch.set_rng_state(state)
-        outputs, spec = flatten(run(tree, given), keep=belongings(tree))
+        value, changed = run(tree, given)
+    # Flat as the graph's own outputs are, which the float64 run numbers: what was passed in comes once.
+    outputs, spec = flatten((value, [dict(vars(c)) for c in changed]), changed, belongings(tree))
     values: dict[str, Any] = {f"output {i}": _detached(v) for i, v in enumerate(outputs)}
     if torch.is_grad_enabled():  # export loses an enable_grad within no_grad
         flags = [(i, v.requires_grad) for i, v in enumerate(outputs) if isinstance(v, Tensor)]
