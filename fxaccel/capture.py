@@ -163,7 +163,7 @@ class Call:
 def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Export one call of `module` into a Program; raises CaptureError with the user's line."""
     example = Call(args, kwargs)
-    attempts = [True, False] if any(_varying(t) for t in example.tensors) else [False]
+    attempts = [True, False] if any(_symbolic(example)) else [False]
     failures: list[BaseException] = []
     for dynamic in attempts:
         try:
@@ -214,11 +214,7 @@ def ambient_autocast() -> list[Region]:
 
 
 def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram:
-    nested = example.nested()
-    shapes = [
-        {d: Dim.AUTO for d in _varying(t, i in nested)} if dynamic else None
-        for i, t in zip(example.tensor_at, example.tensors, strict=True)
-    ]
+    shapes = [{d: Dim.AUTO for d in sizes} if dynamic else None for sizes in _symbolic(example)]
     tensors = tuple(_plain(t) for t in example.tensors)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -231,7 +227,13 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
         return torch.export.export(wrapper, tensors, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _varying(tensor: Tensor, nested: bool = False) -> list[int]:
+def _symbolic(example: Call) -> list[list[int]]:
+    """For each tensor of the call its dimensions that are left symbolic."""
+    nested = example.nested()
+    return [_varying(t, i in nested) for i, t in zip(example.tensor_at, example.tensors, strict=True)]
+
+
+def _varying(tensor: Tensor, nested: bool) -> list[int]:
     """Dimensions left symbolic: those of two or more; of images and volumes the batch alone.
 
     `nested`: the tensor is part of another argument, of a key-value cache, say, and no image.

@@ -60,7 +60,8 @@ class _Seen:
     spec: Structure
 
 
-Runner = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, list[dict[str, Any]]]]
+Runner = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Any, list[Any]]]
+"""Calls a tree on tensors: its result, and the objects that were passed in and perhaps changed."""
 
 
 def compare(
@@ -88,8 +89,7 @@ def emitted_by(capture: Capture, example: Call) -> Runner:
             bound[tree] = functions["forward"]
         args, kwargs = example.unflatten(leaves)
         given = objects((args, kwargs))
-        value = deliver(bound[tree](*leaves), capture.program.out_spec, given)
-        return value, [dict(vars(g)) for g in given]
+        return deliver(bound[tree](*leaves), capture.program.out_spec, given), given
 
     return emitted
 
@@ -101,7 +101,7 @@ def written_by(example: Call, still: bool) -> Runner:
         args, kwargs = example.unflatten(leaves)
         given = objects((args, kwargs))
         with evaluate.Calm() if still else nullcontext():
-            return tree(*args, **kwargs), [dict(vars(g)) for g in given]
+            return tree(*args, **kwargs), given
 
     return eager
 
@@ -202,7 +202,9 @@ def _observe(tree: nn.Module, run: Runner, example: Call, state: Tensor) -> _See
     watched = dict(tree.named_parameters()) | {f"input {i}": t for i, t in enumerate(leaves)}
     with random_kept():  # numpy and Python draw the same numbers in each run
         torch.set_rng_state(state)
-        outputs, spec = flatten(run(tree, given), keep=belongings(tree))
+        value, changed = run(tree, given)
+    # Flat as the graph's own outputs are, which the float64 run numbers: what was passed in comes once.
+    outputs, spec = flatten((value, [dict(vars(c)) for c in changed]), changed, belongings(tree))
     values: dict[str, Any] = {f"output {i}": _detached(v) for i, v in enumerate(outputs)}
     if torch.is_grad_enabled():  # export loses an enable_grad within no_grad
         flags = [(i, v.requires_grad) for i, v in enumerate(outputs) if isinstance(v, Tensor)]

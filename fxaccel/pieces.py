@@ -132,7 +132,7 @@ class Pieces:
             args, kwargs = example.unflatten(leaves)
             given = objects((args, kwargs))
             with Calm() if still else contextlib.nullcontext():
-                return self.compiled(tree, made)(*args, **kwargs), [dict(vars(g)) for g in given]
+                return self.compiled(tree, made)(*args, **kwargs), given
 
         with _quiet():
             verdict = compare_runs(emitted, original, module._bare(), example, None)

@@ -8,6 +8,7 @@ Classes, functions and objects that belong to the model (its config) are kept by
 from __future__ import annotations
 
 import enum
+import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ Arguments: TypeAlias = Sequence[Any] | Mapping[int, Any]
 """The opened arguments of a call, by their number."""
 
 PLAIN = (type(None), bool, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+_LEAVES = (Tensor, *PLAIN)
+_COMMON = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})  # told apart at a glance
+_FLAT = _COMMON | {torch.dtype, torch.device}
 
 
 def children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
@@ -67,14 +71,21 @@ class Structure:
     def __hash__(self) -> int:
         return hash((self.spec, tuple(self.special)))
 
+    @functools.cached_property
+    def keys(self) -> tuple[Any, ...] | None:
+        """Those of a dict whose values are leaves: a layer of a cache, say."""
+        if self.spec.type is not dict or not all(c.is_leaf() for c in children(self.spec)):
+            return None
+        return tuple(self.spec.unflatten(range(self.spec.num_leaves)))
+
     def unflatten(self, leaves: Sequence[Any], given: Arguments = ()) -> Any:
         """The value, of plain leaves and of the opened arguments of the call."""
-        if not self.special:
-            return pytree.tree_unflatten(leaves, self.spec)
-        rest = iter(leaves)
-        return pytree.tree_unflatten(
-            [self._leaf(i, rest, given) for i in range(self.spec.num_leaves)], self.spec
-        )
+        if self.special:
+            rest = iter(leaves)
+            leaves = [self._leaf(i, rest, given) for i in range(self.spec.num_leaves)]
+        if self.keys is not None:
+            return dict(zip(self.keys, leaves, strict=True))
+        return pytree.tree_unflatten(leaves, self.spec)
 
     def _leaf(self, index: int, rest: Iterator[Any], given: Arguments) -> Any:
         special = self.special.get(index)
@@ -112,14 +123,19 @@ def flatten(
 def _flatten(
     value: Any, given: Sequence[Any], keep: frozenset[int], within: tuple[int, ...]
 ) -> tuple[list[Any], Structure]:
-    raw, spec = pytree.tree_flatten(value)
+    if type(value) is dict and _FLAT.issuperset(
+        map(type, value.values())
+    ):  # attributes of a layer of a cache, say
+        raw, spec = list(value.values()), _spec_of(tuple(value))
+    else:
+        raw, spec = pytree.tree_flatten(value)
     leaves: list[Any] = []
     special: dict[int, Kept | Given | Opened] = {}
     for i, leaf in enumerate(raw):
-        if isinstance(leaf, (Tensor, *PLAIN)):
+        if type(leaf) in _COMMON or isinstance(leaf, _LEAVES):
             leaves.append(leaf)
             continue
-        known = next((k for k, g in enumerate(given) if g is leaf), None)
+        known = next((k for k, g in enumerate(given) if g is leaf), None) if given else None
         if known is not None:
             special[i] = Given(known)
         elif id(leaf) in keep or not _opens(leaf):
@@ -137,6 +153,12 @@ def _flatten(
     return leaves, Structure(spec, special, len(leaves))
 
 
+@functools.lru_cache(maxsize=1024)
+def _spec_of(keys: tuple[Any, ...]) -> pytree.TreeSpec:
+    """The structure of a dict with these keys, all of whose values are leaves."""
+    return pytree.tree_flatten(dict.fromkeys(keys))[1]
+
+
 def _opens(leaf: Any) -> bool:
     closed = (type, types.FunctionType, types.MethodType, types.ModuleType, enum.Enum)
     return hasattr(leaf, "__dict__") and not isinstance(leaf, closed)
@@ -145,7 +167,7 @@ def _opens(leaf: Any) -> bool:
 def objects(value: Any) -> list[Any]:
     """The opened objects of a call, outermost ones, in the order of flattening."""
     leaves = pytree.tree_leaves(value)
-    return [x for x in leaves if not isinstance(x, (Tensor, *PLAIN)) and _opens(x)]
+    return [x for x in leaves if type(x) not in _COMMON and not isinstance(x, _LEAVES) and _opens(x)]
 
 
 def deliver(leaves: Sequence[Any], spec: Structure, given: Sequence[Any]) -> Any:

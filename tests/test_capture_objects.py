@@ -1,5 +1,7 @@
 """Capture: caches and other objects that come in, go out and change, and generation with them."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,33 @@ def test_a_cache_does_not_hold_the_values_of_the_capturing_call():
     assert not torch.equal(first.keys[0], second.keys[0])
 
 
+class Norms(nn.Module):
+    """Its results, those kept in an object too, are rounded otherwise by what a pass makes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.across = nn.Linear(8, 200), nn.Linear(200, 200)
+
+    def forward(self, x, store):
+        up = self.up(x)
+        store.first = up * torch.rsqrt(up.square().mean(-1, keepdim=True) + 1e-6)
+        across = self.across(store.first)
+        store.second = across * torch.rsqrt(across.square().mean(-1, keepdim=True) + 1e-6)
+        return store
+
+
+def test_an_object_that_comes_in_and_goes_out_is_checked_in_float64():
+    x, store = torch.randn(64, 8), types.SimpleNamespace(first=torch.ones(1), second=torch.ones(1))
+    fast = fxaccel.accelerate(Norms(), ["fuse-norm"], example_inputs=(x, store))
+    assert not in_pieces(fast)
+    assert fast.report()["fuse-norm"].applied
+    assert "(float64)" in fast.report().captures[0].check
+    first, second = store.first, store.second
+    assert fast(x, store) is store
+    assert store.first is not first
+    assert store.second is not second
+
+
 def test_an_object_in_a_circle_is_refused_with_a_hint():
     class Loop:
         def __init__(self, x):
@@ -106,10 +135,11 @@ def test_a_model_output_keeps_its_class(gpt):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_generate_writes_the_same_text(gpt):
+@pytest.mark.parametrize(("batch", "cache"), [(2, None), (1, None), (2, "static")])
+def test_generate_writes_the_same_text(gpt, batch, cache):
     fast = fxaccel.accelerate(gpt)
-    ids = torch.randint(1, 50, (2, 5))
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    ids = torch.randint(1, 50, (batch, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
     assert torch.equal(fast.generate(ids, **options), gpt.generate(ids, **options))
     assert not in_pieces(fast)
     assert captures(fast) == 2  # the prompt, and one for every step
