@@ -498,7 +498,9 @@ class Emitter:
         for symbol, text in read.items():
             yield f"    {symbol} = {text}"
         rest = [c for c in conditions if c not in ranks]
-        rest += [g for g in self.program.guards if _is_condition(g)]
+        rest += [
+            f"({g})" if re.search(r"\b(or|if)\b", g) else g for g in self.program.guards if _is_condition(g)
+        ]
         yield f"    return {' and '.join(rest) or 'True'}"
 
     def fits(self) -> Iterator[str]:

@@ -359,11 +359,13 @@ def assumed(program: Program) -> tuple[str, ...]:
     if environment is None:
         return ()
     printer, known = PythonPrinter(), set(program.guards)
-    texts = [
-        printer.doprint(g.expr)
-        for g in environment.guards
-        if g.expr.free_symbols and {str(s) for s in g.expr.free_symbols} <= set(program.sizes)
-    ]
+    texts = []
+    for guard in environment.guards:
+        # A size that export found to be a number, or that of another, is no symbol of the program.
+        gone = [s for s in guard.expr.free_symbols if str(s) not in program.sizes]
+        said = guard.expr.xreplace({s: environment.replace(s) for s in gone})
+        if said.free_symbols and {str(s) for s in said.free_symbols} <= set(program.sizes):
+            texts.append(printer.doprint(said))
     return tuple(dict.fromkeys(t for t in texts if t not in known))
 
 

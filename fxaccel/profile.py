@@ -24,7 +24,7 @@ from fxaccel.effects import has_effect, is_random, mutated_arguments, written
 from fxaccel.emit import Tables
 from fxaccel.errors import RuleError
 from fxaccel.fakes import Fakes
-from fxaccel.ir import Program, expr, number, tensors
+from fxaccel.ir import Program, expr, number, target_name, tensors
 from fxaccel.memory import Ledger, key
 from fxaccel.recompute import Run, Timetable
 from fxaccel.schedule import HIDDEN, Schedule
@@ -124,6 +124,10 @@ def profile(program: Program, loss: bool = True) -> Profile:
 
 def watched(program: Program, kind: Callable[[Program], W], loss: bool = True) -> W:
     """A watch of this kind that has seen the step."""
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            why = f"%{node.name} is a call of {target_name(node.target)}, which has graphs of its own"
+            raise RuleError(f"the step cannot be run without data: {why}")
     watch = kind(program)
     fakes = Fakes(watch.meter)
     with fakes:

@@ -262,7 +262,8 @@ def _merged(op: Ops, group: Group) -> tuple[list[Any], list[Any]]:
     """The results of one linear in the place of a group's, and the tensors made of parameters for it."""
     weights, sizes = list(group.weights), group.sizes
     tensors = [op.aten.cat.default(weights, *[1] * group.flipped)]
-    given = [group.x, op.aten.permute.default(tensors[0], [1, 0]) if group.flipped else tensors[0]]
+    x = group.linears[0].args[0]  # which is another node than in the plan where it was merged since
+    given = [x, op.aten.permute.default(tensors[0], [1, 0]) if group.flipped else tensors[0]]
     if any(group.biases):
         like, pairs = next(filter(None, group.biases)), zip(group.biases, sizes, strict=True)
         biases = [op.aten.new_zeros.default(like, [n]) if b is None else b for b, n in pairs]

@@ -273,3 +273,15 @@ def test_reductions_over_all_dimensions_name_none(name):
     x = torch.randn(3, 4)
     fast = fxaccel.accelerate(helpers.Function(lambda x: getattr((x + 1).mT, name)()), [])
     assert torch.equal(fast(x), getattr(x + 1, name)())
+
+
+def test_sizes_that_a_step_asks_for_in_vain_are_no_reason_to_go_on():
+    """The reshape that an unflatten would be lays an output out otherwise, and has made two size nodes."""
+
+    def function(x):
+        y = x.unflatten(2, (-1, 2))
+        return (y * 1.5).add_(y)
+
+    program = capture(helpers.Function(function), (torch.randn(3, 6, 8),), {})
+    canonicalize(program)
+    assert ops(program) == ["unflatten.int", "mul.Tensor", "add.Tensor"]

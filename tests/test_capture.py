@@ -201,6 +201,21 @@ def test_a_size_that_the_model_specialises_gets_a_second_capture_that_is_reporte
     assert len(str(fast.report()).split("captured for")) == 3
 
 
+def test_a_branch_on_a_size_that_turns_out_to_be_fixed_still_holds():
+    """The condition is `s0 <= s1`; the parameter makes s1 the number 5, of which it says nothing any more."""
+
+    def function(m, x):
+        y = x.tanh() if x.shape[0] > x.shape[1] else x * 2
+        return y + m.p
+
+    model = Function(function, p=nn.Parameter(torch.zeros(5, 4)))
+    fast = fxaccel.accelerate(model, example_inputs=(torch.randn(3, 5, 4),))
+    for batch in (5, 8):
+        x = torch.randn(batch, 5, 4)
+        assert torch.equal(fast(x), model(x))
+    assert captures(fast) == 2
+
+
 def test_a_branch_on_a_size_is_never_taken_for_the_other_one():
     model = Function(lambda self, x: x.sum(0) if x.shape[0] > 4 else x.mean(0))
     fast = fxaccel.accelerate(model)

@@ -78,6 +78,19 @@ def test_a_size_that_the_model_fixes_is_checked():
         fast(torch.randn(4, 5, 3)[:, :, :2])
 
 
+def test_a_condition_with_an_or_is_no_way_around_the_others():
+    """Of the unflatten export assumes `s1 == 2 or s1 % 2 == 0`; of the branch, that there are at most 3."""
+
+    def function(x):
+        y = x.unflatten(-1, (2, -1)).permute(0, 2, 1, 3)
+        y = y.permute(0, 2, 1, 3).flatten(2)
+        return y.tanh() if y.shape[0] > 3 else y * 2
+
+    accepts, _ = emitted(function, torch.randn(3, 4, 8))
+    assert accepts(torch.randn(2, 4, 8))
+    assert not accepts(torch.randn(8, 4, 8))
+
+
 def test_two_inputs_that_share_a_size_must_agree():
     accepts, _ = emitted(lambda a, b: a + b, torch.randn(4, 6), torch.randn(4, 6))
     assert accepts(torch.randn(5, 7), torch.randn(5, 7))

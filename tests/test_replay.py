@@ -247,6 +247,15 @@ def test_what_cannot_be_run_without_data_is_said():
         profile(Captured(model, torch.randn(2, 4)).program)
 
 
+def test_branches_that_values_decide_cannot_be_run_without_them():
+    def function(m, x):
+        return torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x * m.w,))
+
+    model = Method(function, w=nn.Parameter(torch.ones(4)))
+    with pytest.raises(RuleError, match=r"without data: %cond is a call of higher_order\.cond"):
+        Captured(model, torch.randn(3, 4))
+
+
 # -- random graphs ---------------------------------------------------------------------------------
 
 

@@ -140,6 +140,7 @@ def _round(e: Editor) -> bool:
         e.counts["round_scales"] += round_scales(e)
         e.counts["sort_operands"] += sort_operands(e)
         e.counts["lay_out"] += lay_out(e)
+    e.drop_idle_sizes()  # which is nothing done: the next round would ask for them again
     e.counts["eliminate_dead"] += eliminate_dead(e.graph)
     e.counts["merge_equal"] += merge_equal(e)
     return e.counts.total() != before

@@ -309,6 +309,12 @@ class Editor:
             self._sizes[size] = node
         return node
 
+    def drop_idle_sizes(self) -> None:
+        """Erase size nodes that a step asked for and did not use after all."""
+        for node in reversed(self._sizes.values()):
+            if not node._erased and not node.users:
+                self.graph.erase_node(node)
+
     def _input_size(self, symbol: sympy.Symbol) -> fx.Node | None:
         where = self.program.sizes.get(str(symbol))
         if where is None or self.program.inputs[where[0]] is None:

@@ -171,6 +171,18 @@ def test_groups_of_every_kind(name, options):
     assert fast.verify().ok
 
 
+@pytest.mark.parametrize("options", [MERGE, FOLD], ids=str)
+def test_a_group_may_read_a_linear_of_another_group(options):
+    def function(m, x):
+        k = m.k(x)
+        return m.q(x).tanh() + m.a(k) * m.b(k)
+
+    layers = {n: nn.Linear(C, C) for n in ("q", "k", "a", "b")}
+    fast, report = merged(model := Method(function, **layers), options=options)
+    assert (len(report.applied), report.error) == (4, "")
+    torch.testing.assert_close(fast(X), model(X))
+
+
 def test_results_that_are_outputs_have_storage_of_their_own():
     model = Method(lambda s, x: (s.q(x), s.k(x).unflatten(-1, (2, 3)).transpose(1, 2)), **pair())
     fast, report = merged(model)
