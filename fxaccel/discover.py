@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
@@ -44,26 +44,31 @@ def resolve(passes: Iterable[str | Pass | type[Pass]] | None) -> list[Pass]:
         return [cls() for cls in available().values() if cls.default]
     if isinstance(passes, str):
         raise OptionError(f"passes= is the string {passes!r}, expected a list", f"passes=[{passes!r}]")
-    return [_one(p) for p in passes]
+    given = list(passes)
+    known = available() if any(isinstance(p, str) for p in given) else {}  # looked for once
+    return [_one(p, known) for p in given]
 
 
-def _one(given: str | Pass | type[Pass]) -> Pass:
+def _one(given: str | Pass | type[Pass], known: Mapping[str, type[Pass]]) -> Pass:
     if isinstance(given, Pass):
         return given
     if isinstance(given, type) and issubclass(given, Pass):
         return given()
     if isinstance(given, str):
-        return parse(given)
+        return _parsed(given, known)
     raise OptionError(f"passes= holds {given!r}, expected names, Pass classes or Pass instances")
 
 
 def parse(text: str) -> Pass:
     """A pass from its typed form: `name` or `name{option=value,...}`."""
+    return _parsed(text, available())
+
+
+def _parsed(text: str, passes: Mapping[str, type[Pass]]) -> Pass:
     form = re.fullmatch(r"\s*([\w-]+)\s*(?:\{(.*)\})?\s*", text)
     if form is None:
         raise OptionError(f"{text!r} is not a pass", "write name or name{option=value,...}")
     name, options = form[1], form[2] or ""
-    passes = available()
     if name not in passes:
         close = get_close_matches(name, passes, 1)
         raise OptionError(
