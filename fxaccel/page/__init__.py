@@ -18,7 +18,7 @@ import torch
 from fxaccel.about import About, Graphs
 from fxaccel.diff import Diff, Totals
 from fxaccel.listing import Namer
-from fxaccel.page.blocks import Found, blocks, found_sites
+from fxaccel.page.blocks import Found, block_of, found_sites
 from fxaccel.page.figures import counted, sized
 from fxaccel.page.graphs import graphs_of
 from fxaccel.page.markup import Markup, count, folded, joined, tag
@@ -183,7 +183,7 @@ def _graphs(
         diff = Diff(one.raw if raw else one.canonical, one.program)
         piece = f", piece {place} of {len(graphs)}" if len(graphs) > 1 else ""
         own = found if len(graphs) == 1 else []  # whose piece a site is of is not on record
-        root = blocks(diff, own)
+        root = block_of(diff, own)
         rows = sum(1 for _ in root.rows)
         head = f"{count(rows, 'line')} shown, equal blocks once"
         yield _titled(

@@ -15,6 +15,7 @@ from fxaccel.diff import Diff
 from fxaccel.listing import Line
 from fxaccel.report import CaptureReport, Site
 
+SMALLEST = 4  # lines of a block that is put together with others; of a smaller one each has a name to be seen
 KINDS = ("applied", "refused", "near_misses")
 
 
@@ -80,7 +81,7 @@ def found_sites(capture: CaptureReport) -> list[Found]:
     ]
 
 
-def blocks(diff: Diff, sites: Iterable[Found]) -> Block:
+def block_of(diff: Diff, sites: Iterable[Found]) -> Block:
     """The root's block."""
     waiting: dict[str, list[Found]] = {}
     for one in sites:
@@ -111,7 +112,7 @@ def _between(outer: str, inner: str) -> Iterator[str]:
 
 
 def rows(diff: Diff) -> Iterator[Row]:
-    """Both sides beside each other; in a changed run, lines that make a value of one name are."""
+    """Both sides beside each other; in a changed run, lines whose first values have one name are."""
     for equal, old, new in diff.runs:
         if equal:
             yield from (Row(a, b, False) for a, b in zip(old, new, strict=True))
@@ -120,11 +121,11 @@ def rows(diff: Diff) -> Iterator[Row]:
 
 
 def _beside(old: Sequence[Line], new: Sequence[Line]) -> Iterator[Row]:
-    place = {name: i for i, line in enumerate(new) for name in line.results if name != "_"}
+    place = {line.results[0]: i for i, line in enumerate(new) if line.results}
     done = 0
     for line in old:
-        at = min((place[n] for n in line.results if place.get(n, -1) >= done), default=None)
-        if at is None:
+        at = place.get(line.results[0], -1) if line.results else -1
+        if at < done:
             yield Row(line, None, True)
             continue
         yield from (Row(None, one, True) for one in new[done:at])
@@ -145,7 +146,8 @@ def _join(block: Block, names: Mapping[str, str]) -> None:
             kept.append(part)
             continue
         _join(part, names)
-        one = first.setdefault(_Shape(part.path, names).of(part), part)
+        few = sum(1 for _ in part.rows) < SMALLEST
+        one = part if few else first.setdefault(_Shape(part.path, names).of(part), part)
         one.alike.append(part.path)
         if one is part:
             kept.append(part)
