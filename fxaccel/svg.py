@@ -15,7 +15,7 @@ from itertools import groupby
 CELL = 3.0  # px of a mask's cell, more where there are few
 SIDE = 192.0  # px of a mask
 CELLS = {"#": "seen", "?": "data", ".": "hidden"}
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 240, 64, 38, 12  # px of a chart, and of what is around it
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 256, 64, 38, 28  # px of a chart, and of what is around it
 
 
 def mask(rows: Sequence[str]) -> str:
@@ -64,11 +64,11 @@ def chart(series: Sequence[Series], x: str, y: str, low: tuple[float, float] = (
     parts.append(_text(LEFT + wide / 2, HEIGHT - 6, x, "middle"))
     parts.append(f'<text transform="translate(12 {_px(TOP + high / 2)}) rotate(-90)" text-anchor="middle">'
                  f"{escape(y)}</text>")  # fmt: skip
-    for row, one in enumerate(series):
-        line = TOP + 8 + 15 * row
-        shape = "h18v3h-18z" if one.cls == "mark" else "h18"
-        parts.append(f'<path class="{one.cls}" d="M{WIDTH - 150} {line}{shape}"/>')
-        parts.append(_text(WIDTH - 126, line + 4, one.label))
+    for place, one in enumerate(series):
+        left = LEFT + 120 * place
+        shape = f'<path class="{one.cls}" d="M{left} 10h18"/>'
+        parts.append(f'<circle class="mark" cx="{left + 9}" cy="10" r="4"/>' if one.cls == "mark" else shape)
+        parts.append(_text(left + 24, 14, one.label))
     return _svg(WIDTH, HEIGHT, parts)
 
 

@@ -14,32 +14,30 @@ from fxaccel.replay import Draft, course, write
 from fxaccel.schedule import Schedule
 
 POINTS = 200  # on a line of memory, beyond which the highest of neighbours stands for them
-BUDGETS = 8  # on the curve
+BUDGETS = 6  # on the curve
 
 
 def pictures(one: Checkpoint, program: Program) -> Iterator[Picture]:
     """Of the whole step, or of each stage."""
     if program.stages is None:
         step = TrainingStep.of(program, one.optimizer)
-        yield from _memory(one, step, program.schedule, "a training step", None)
-        yield _budgets(one, step)
+        if program.schedule is not None:  # else everything is kept, and the pass has said so
+            draft = one.drafted(step)
+            yield _memory(step, draft, program.schedule, "a training step")
+            yield _budgets(one, step, draft)
         return
     steps = [TrainingStep.of_stage(program, i, one.optimizer) for i in range(len(program.stages.begins) + 1)]
     most = largest(steps)
     for number, step in enumerate(steps):
-        name = f"stage {number}, one microbatch"
-        yield from _memory(one, step, program.stages.schedule(number), name, most)
+        schedule = program.stages.schedule(number)
+        if schedule is not None:
+            yield _memory(step, one.drafted(step, most), schedule, f"stage {number}, one microbatch")
 
 
-def _memory(
-    one: Checkpoint, step: TrainingStep, schedule: Schedule | None, name: str, most: int | None
-) -> Iterator[Picture]:
-    if schedule is None:  # everything is kept, and the pass has said so
-        return
-    draft = one.drafted(step, most)
-    if write(step.profile, draft) != schedule:
-        yield Picture(f"Memory of {name}", "", ["The plan of this graph is not that of this machine today."])
-        return
+def _memory(step: TrainingStep, draft: Draft, schedule: Schedule, name: str) -> Picture:
+    """Over the step, as it was and as planned."""
+    if write(step.profile, draft) != schedule:  # the constants of the device were measured again since
+        return Picture(f"Memory of {name}", "", ["The plan of this graph is not what is planned here now."])
     unit, word = (2**20, "MiB") if step.fixed + step.whole.peak < 2**32 else (2**30, "GiB")
     was, now = _line(step, Draft(), unit), _line(step, draft, unit)
     drawn = svg.chart(
@@ -47,7 +45,7 @@ def _memory(
         "calls of the step: forward, then backward", f"{word} in use",
     )  # fmt: skip
     plan = step.planned(draft)
-    yield Picture(
+    return Picture(
         f"Memory of {name}", drawn, [*str(plan).splitlines(), "Computed by going through the plan."]
     )
 
@@ -62,12 +60,12 @@ def _line(step: TrainingStep, draft: Draft, unit: int) -> list[tuple[float, floa
     return [(float(i), (step.fixed + max(alive[i:j])) / unit) for i, j in pairwise(ends)]
 
 
-def _budgets(one: Checkpoint, step: TrainingStep) -> Picture:
+def _budgets(one: Checkpoint, step: TrainingStep, draft: Draft) -> Picture:
     """Time over memory for other budgets, and where this plan is."""
     share = one.budget is not None and not read(one.budget)[1]
     planner = step.planner(share=share)
     unit, word = (2**20, "MiB") if step.fixed + step.whole.peak < 2**32 else (2**30, "GiB")
-    plan, others = step.planned(one.drafted(step)), baselines(step, planner)
+    plan, others = step.planned(draft), baselines(step, planner)
     points = [(p.peak / unit, 100 * p.overhead) for p in curve(step, planner, BUDGETS)]
     low = min(p[0] for p in [*points, (plan.peak / unit, 0.0)])
     drawn = svg.chart(

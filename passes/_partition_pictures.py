@@ -27,7 +27,7 @@ def pictures(one: Partition, program: Program) -> Iterator[Picture]:
     bare = replace(program, stages=None, _facts={})
     found = _simulated(one, bare, program.stages.begins)
     if found is None:
-        yield Picture("Timeline of the pipeline", "", ["This graph is not cut so on this machine today."])
+        yield Picture("Timeline of the pipeline", "", ["This graph is cut otherwise here now."])
         return
     lines = [
         f"{found.order.schedule}: {1e3 * found.seconds:.4g} ms a step, bubble {100 * found.bubble:.1f} %, "

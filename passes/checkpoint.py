@@ -162,9 +162,17 @@ class TrainingStep:
         cost = self.cost(draft)
         return cost.peak if planner.profile is self.profile else cost.inner
 
+    @cached_property
+    def planners(self) -> dict[bool, Planner]:
+        """Those that there are already: what a planner finds out of a step serves all budgets."""
+        return {}
+
     def planner(self, share: bool) -> Planner:
         """Plans for a peak, or where a share is asked for, for the peak of activations alone."""
-        return Planner(self.profile.without_gradients() if share else self.profile, self.seconds, self.link)
+        if share not in self.planners:
+            found = self.profile.without_gradients() if share else self.profile
+            self.planners[share] = Planner(found, self.seconds, self.link)
+        return self.planners[share]
 
     def planned(self, draft: Draft) -> Plan:
         """A draft with what it costs."""

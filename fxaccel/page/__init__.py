@@ -167,7 +167,7 @@ def _pictures(graphs: Sequence[Graphs]) -> Iterator[Markup]:
     """What the passes have to show."""
     found = [p for one in graphs for a in one.passes for p in a.pictures(one.program)]
     if found:
-        yield _titled("Pictures", joined(map(_picture, found)), "pictures")
+        yield _titled("Pictures", tag("div", joined(map(_picture, found)), cls="pictures"))
 
 
 def _picture(one: Picture) -> Markup:
