@@ -1,6 +1,9 @@
 """The page of a report: what is in it, that it is sound HTML, and that nothing in it comes from elsewhere."""
 
+import gc
+import pickle
 import re
+import weakref
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -8,10 +11,15 @@ import pytest
 import torch
 
 import fxaccel
+from fxaccel.diff import Diff
+from fxaccel.listing import lines
 from fxaccel.page import NO_GRAPHS
-from fxaccel.page.blocks import block_of, found_sites
+from fxaccel.page.blocks import block_of, found_sites, rows
 from fxaccel.page.figures import counted, sized
 from fxaccel.page.markup import Markup, joined, tag
+from fxaccel.passes._attention_pictures import cells
+from fxaccel.passes.checkpoint import Checkpoint
+from fxaccel.passes.partition import Partition
 from fxaccel.report import CaptureReport, PassReport, Report, Site
 from fxaccel.stopwatch import Times
 from tests import pages
@@ -50,19 +58,19 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report():
+def fast():
     torch.manual_seed(0)
-    return pages.fast().report()
+    return pages.fast()
+
+
+@pytest.fixture(scope="module")
+def report(fast):
+    return fast.report()
 
 
 @pytest.fixture(scope="module")
 def parsed(report):
     return Parsed(report.html())
-
-
-def block(fast):
-    report = fast.report()
-    return block_of(fast.diff(), found_sites(report.captures[0]))
 
 
 def test_it_names_model_mode_versions_sizes_and_passes(parsed):
@@ -93,7 +101,7 @@ def test_every_site_is_there_with_line_reason_and_proof(report, parsed):
 
 def test_gradients_are_shown_where_they_flow_alone():
     with torch.no_grad():
-        text = Parsed(pages.fast(1).report().html()).words()
+        text = Parsed(pages.fast(1, check=False).report().html()).words()
     assert "captured for training, no gradients" in text
     assert "outputs 0" in text
     assert "gradients 0" not in text
@@ -108,49 +116,50 @@ def test_measured_times_are_those_of_the_sentence():
     assert "time, measured on this machine 1 ms 2 ms" in text
 
 
-def test_equal_blocks_are_shown_once_with_their_paths(parsed):
-    fast = pages.fast()
-    layers = next(p for p in block(fast).parts if getattr(p, "path", "") == "layers")
+def test_equal_blocks_are_shown_once_with_their_paths(fast, parsed):
+    layers = layers_of(fast.diff(), fast.report())
     assert [b.alike for b in layers.parts] == [["layers.0", "layers.1", "layers.2", "layers.3"]]
     assert sum(f.kind == "applied" for f in layers.every_site()) == 4
     assert "The same in layers.0, layers.1, layers.2, layers.3." in parsed.words()
-    assert (
-        "layers.2 " not in " ".join(e[1].get("data-paths", "") for e in parsed.elements).split(" layers.3")[1]
-    )
+    paths = [e[1]["data-paths"] for e in parsed.elements if "data-paths" in e[1]]
+    assert [p for p in paths if "layers.2" in p] == ["layers.0 layers.1 layers.2 layers.3"]
 
 
-@pytest.mark.parametrize("change", ["literal", "site", "passes"])
-def test_a_block_that_differs_is_shown_by_itself(change):
-    fast = pages.fast(passes=["fuse-norm{where=layers.[0-2].norm}" if change == "passes" else "fuse-norm"])
-    diff, report = fast.diff(), fast.report()
+def layers_of(diff, report):
+    root = block_of(diff, found_sites(report.captures[0]))
+    return next(p for p in root.parts if getattr(p, "path", "") == "layers")
+
+
+@pytest.mark.parametrize("change", ["line", "literal", "site"])
+def test_a_block_that_differs_is_shown_by_itself(fast, change):
+    diff, report = fast.diff(), pickle.loads(pickle.dumps(fast.report()))
+    diff = Diff(diff.before.copy(), diff.after.copy())
+    mixes = [n for n in diff.after.graph.nodes if n.meta.get("path") == "layers.3"]
+    if change == "line":
+        mixes[0].meta["source"] = "elsewhere.py:1"
     if change == "literal":
-        node = next(n for n in diff.after.graph.nodes if n.meta.get("path") == "layers.3.mix")
-        node.meta["source"] = "elsewhere.py:1"
+        mixes[0].args = (mixes[0].args[0], [0, 1, 2])
     if change == "site":
         refused = report.captures[0].passes[0].refused
-        refused[3] = replace(refused[3], why="of another reason")
-    root = block_of(diff, found_sites(report.captures[0]))
-    layers = next(p for p in root.parts if getattr(p, "path", "") == "layers")
+        refused[-1] = replace(refused[-1], why="of another reason")
+    layers = layers_of(diff, report)
     assert [b.alike for b in layers.parts] == [["layers.0", "layers.1", "layers.2"], ["layers.3"]]
 
 
-def test_both_sides_have_every_line_in_order():
-    fast = pages.fast(2)
-    diff, root = fast.diff(), block(fast)
-    from fxaccel.listing import lines
-    from fxaccel.page.blocks import rows
-
+def test_both_sides_have_every_line_in_order(fast):
+    diff = fast.diff()
     made = list(rows(diff))
     assert [r.old for r in made if r.old] == [line for _, line in lines(diff.before)]
     assert [r.new for r in made if r.new] == [line for _, line in lines(diff.after)]
-    assert [r.old.results[0] for r in made if r.changed and r.old and r.new] == ["layer_norm", "layer_norm_2"]
-    assert len(list(root.rows)) < len(made)
+    changed = [r.old.results[0] for r in made if r.changed and r.old and r.new]
+    assert changed == ["layer_norm", "layer_norm_2", "layer_norm_4", "layer_norm_6"]
+    assert len(list(block_of(diff, []).rows)) < len(made)
 
 
 def test_the_page_is_equal_for_equal_models():
     made = []
     for _ in range(2):
-        report = pages.fast(2).report()
+        report = pages.fast(1, check=False).report()
         for one in report.captures[0].passes:
             one.seconds = 0.0
         made.append(report.html())
@@ -168,9 +177,9 @@ def test_nothing_comes_from_elsewhere(report, parsed):
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["report", "graphs"])
-def test_what_comes_from_a_model_is_text(graphs):
+def test_what_comes_from_a_model_is_text(graphs, parsed):
     report = pages.evil(graphs)
-    plain, found = Parsed(pages.fast(1).report().html()), Parsed(report.html())
+    plain, found = parsed, Parsed(report.html())
     assert [e for e in found.elements if e[0] == "script"] == [e for e in plain.elements if e[0] == "script"]
     assert not [e for e in found.elements if e[0] == "img" or any(k.startswith("on") for k in e[1])]
     assert " ".join(pages.EVIL.split()) in found.words()
@@ -193,10 +202,6 @@ def test_a_report_without_graphs_is_a_page_that_says_so(report):
 
 
 def test_a_report_keeps_no_weights_alive_and_can_be_pickled(report):
-    import gc
-    import pickle
-    import weakref
-
     fast = pages.fast(1, check=False)
     kept, weight = fast.report(), weakref.ref(fast.layers[0].mix.weight)
     del fast
@@ -207,7 +212,7 @@ def test_a_report_keeps_no_weights_alive_and_can_be_pickled(report):
 
 
 def test_a_loaded_model_has_its_graphs(tmp_path):
-    pages.fast(1).save(tmp_path / "net.fxa")
+    pages.fast(1, check=False).save(tmp_path / "net.fxa")
     text = Parsed(fxaccel.load(tmp_path / "net.fxa").report().html()).words()
     assert "Before and after" in text
     assert "fxaccel.layer_norm" in text
@@ -224,13 +229,14 @@ def test_a_model_in_pieces_has_a_graph_for_each():
             return x + 1 if x.sum().item() > 0 else self.norm(x.sin())
 
     fast = fxaccel.accelerate(Breaks(), ["fuse-norm"], example_inputs=(torch.randn(4, 8),), measure=False)
+    fast(torch.randn(4, 8))
     text = Parsed(fast.report().html()).words()
     assert "Before and after, piece 1 of " in text
     assert "fxaccel.layer_norm" in text
 
 
 def test_raw_compares_with_the_graph_as_captured():
-    report = pages.fast(1).report()
+    report = pages.fast(1, check=False).report()
     canonical, raw = Parsed(report.html()).words(), Parsed(report.html(raw=True)).words()
     assert "in the canonical form" in canonical
     assert "before the canonical form" in raw
@@ -247,8 +253,6 @@ def test_figures_are_read_at_a_glance():
 
 
 def test_a_mask_is_drawn_as_it_is():
-    from fxaccel.passes._attention_pictures import cells
-
     q, k = range(4), range(4)
     assert cells("(k <= q) & (k > q - 2)", 4, 4, q, k) == ["#...", "##..", ".##.", "..##"]
     assert cells("(k <= q) & t0[b, k]", 4, 4, q, k) == ["?...", "??..", "???.", "????"]
@@ -258,7 +262,7 @@ def test_a_mask_is_drawn_as_it_is():
 
 
 def test_each_kind_of_mask_is_in_the_page_once():
-    text = Parsed(pages.fast(2, ["fuse-attention"]).report().html())
+    text = Parsed(pages.fast(2, ["fuse-attention"], check=False).report().html())
     assert text.words().count("A row for each of 4 queries, a column for each of 4 keys") == 1
     assert "In layers.0, layers.1." in text.words()
     (drawn,) = [e[1]["d"] for e in text.elements if e[1].get("class") == "seen"]
@@ -266,16 +270,12 @@ def test_each_kind_of_mask_is_in_the_page_once():
 
 
 def trained(*passes):
-    from fxaccel.passes.checkpoint import Checkpoint
-    from fxaccel.passes.partition import Partition
-
-    made = {"checkpoint": Checkpoint(budget=0.7), "partition": Partition(stages=2, microbatches=2)}
-    fast = pages.fast(2, [made[p] for p in passes], check=False)
+    fast = pages.fast(2, passes, check=False)
     return Parsed(fast.report().html())
 
 
 def test_a_plan_for_memory_shows_its_curve():
-    found = trained("checkpoint")
+    found = trained(Checkpoint(budget=0.7))
     text = found.words()
     assert "Memory of a training step" in text
     assert "What other budgets cost" in text
@@ -284,12 +284,12 @@ def test_a_plan_for_memory_shows_its_curve():
 
 
 def test_a_pipeline_shows_its_timeline():
-    found = trained("partition")
+    found = trained(Partition(stages=2, microbatches=2))
     assert "Timeline of the pipeline" in found.words()
     assert "Memory of the ranks" in found.words()
     blocks = [e for e in found.elements if e[0] == "rect" and "fill-opacity" in e[1]]
     assert len(blocks) == 2 * 2 * 2  # forward and backward of two microbatches on two ranks
-    found = trained("partition", "checkpoint")
+    found = trained(Partition(stages=2, microbatches=2), Checkpoint(budget=0.95))
     assert "What is computed again in backward is not in it." in found.words()
     assert "one microbatch" in found.words()
 
@@ -315,9 +315,10 @@ def shown(browser, report, tmp_path):
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
-def test_it_works_with_5000_nodes(browser, tmp_path):
-    shown(browser, pages.large(5000), tmp_path)
-    assert browser.run("return document.querySelectorAll('.graph .l').length") > 2500
+@pytest.mark.parametrize("nodes", [600, pytest.param(5000, marks=pytest.mark.slow)])
+def test_it_folds_and_searches(browser, tmp_path, nodes):
+    shown(browser, pages.large(nodes), tmp_path)
+    assert browser.run("return document.querySelectorAll('.graph .l').length") > nodes / 2
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
     at_first = browser.run(OPEN)
     assert browser.run(SEEN) < 100  # folded
@@ -335,7 +336,7 @@ def test_it_works_with_5000_nodes(browser, tmp_path):
     browser.run("document.getElementById('fold').click()")
     assert browser.run(OPEN) == 0
 
-    found = search(browser, "layers.120 mul")
+    found = search(browser, "layers.120 aten.mul")
     assert found == (1, "1 found")
     found = search(browser, "nowhere to be found")
     assert found == (0, "0 found")
