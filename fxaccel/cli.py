@@ -26,6 +26,7 @@ from torch import nn
 
 import fxaccel
 from fxaccel.capture import Call
+from fxaccel.diff import Diff
 from fxaccel.discover import available, resolve
 from fxaccel.errors import FxaccelError, OptionError
 from fxaccel.gains import gains
@@ -33,7 +34,7 @@ from fxaccel.module import call_of
 from fxaccel.picture import drawable
 from fxaccel.pipeline.orders import named
 from fxaccel.pipeline.timeline import check_drawable
-from fxaccel.report import PassReport, Site
+from fxaccel.report import PassReport, Report, Site
 
 app = typer.Typer(
     help="Verified rewrites of PyTorch models.", no_args_is_help=True, add_completion=False,
@@ -84,11 +85,19 @@ def passes(load: Load = None, as_json: AsJson = False, debug: Debug = False) -> 
 def diff(
     model: Model, pass_: Passes = None, inputs: Inputs = None, load: Load = None, train: Train = False,
     raw: Annotated[bool, typer.Option(help="compare with the graph before canonicalization")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="write a page with sites, proofs and both graphs to this file")
+    ] = None,
     measure: Measure = False, allow: Allow = "reassociated", as_json: AsJson = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """What the passes change: exit code 0 nothing, 1 something."""
     with _reported(debug):
+        if html is not None and as_json:
+            raise OptionError("--html and --json are two forms of one answer", "leave one of them out")
         fast = _accelerated(model, pass_, inputs, load, train, allow, measure)
+        if html is not None:
+            found = _written(fast.report(), html, raw)
+            raise typer.Exit(1 if found else 0)
         found = fast.diff(raw=raw)
         if as_json:
             _say(found.to_json())
@@ -413,6 +422,17 @@ def _progress(text: str) -> Iterator[None]:
 def _coloured(line: str) -> Text:
     style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
     return Text(line, style=style)
+
+
+def _written(report: Report, file: Path, raw: bool) -> bool:
+    """Write the page of a report; whether anything differs in any of its graphs."""
+    try:
+        file.write_text(report.html(raw=raw), encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"--html {file} cannot be written: {error.strerror}") from None
+    _say(f"{file}: {file.stat().st_size / 2**10:.0f} KiB")
+    graphs = report.about.graphs if report.about else ()
+    return any(Diff(g.raw if raw else g.canonical, g.program) for group in graphs for g in group)
 
 
 def _explained(report: PassReport) -> Iterator[str]:

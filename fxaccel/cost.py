@@ -11,10 +11,11 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
-from fxaccel.ir import Program, arguments, expr, is_tensor, value_of
+from fxaccel.ir import Program, TensorSpec, arguments, expr, is_tensor, value_of
 
 aten = torch.ops.aten
 PER_ELEMENT = 16  # FLOPs an output element up to which a custom operator is no product: ATen's norms count 0
@@ -40,13 +41,18 @@ def node_flops(node: fx.Node) -> sympy.Expr:
         return formula(value_of(arguments(node)), node.meta["val"])
     packet = getattr(node.target, "overloadpacket", None)
     if packet in flop_registry:
-        args, kwargs = value_of(node.args), value_of(dict(node.kwargs))
         val = node.meta["val"]
-        count = expr(flop_registry[packet](*args, **kwargs, out_val=val))
+        args, kwargs, out = _plain((value_of(node.args), value_of(dict(node.kwargs)), val))
+        count = expr(flop_registry[packet](*args, **kwargs, out_val=out))
         share = sympy.cancel(count / _size((val[0] if isinstance(val, (tuple, list)) else val).shape))
         if node.target.namespace == "aten" or not (share.is_number and share <= PER_ELEMENT):
             return count
     return sympy.Integer(0)
+
+
+def _plain(values: Any) -> Any:
+    """With shapes in the place of what a loaded graph knows: torch's formulas read those of tensors."""
+    return pytree.tree_map(lambda v: tuple(v.shape) if isinstance(v, TensorSpec) else v, values)
 
 
 def _size(shape: Any) -> sympy.Expr:

@@ -61,18 +61,26 @@ class Diff:
     after: Program
 
     @cached_property
-    def changes(self) -> list[Change]:
-        """Every line of both sides, in order."""
+    def runs(self) -> list[tuple[bool, list[Line], list[Line]]]:
+        """Both sides in order, as runs of lines: whether they are equal, those before, those after."""
         old, new = lines(self.before), lines(self.after)
         keys = [_keys(self.before, old), _keys(self.after, new)]
         matcher = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False)
+        return [
+            (tag == "equal", [line for _, line in old[a:b]], [line for _, line in new[c:d]])
+            for tag, a, b, c, d in matcher.get_opcodes()
+        ]
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        """Every line of both sides, in order."""
         out: list[Change] = []
-        for tag, a, b, c, d in matcher.get_opcodes():
-            if tag == "equal":
-                out += [Change(" ", line) for _, line in new[c:d]]
+        for equal, old, new in self.runs:
+            if equal:
+                out += [Change(" ", line) for line in new]
             else:
-                out += [Change("-", line) for _, line in old[a:b]]
-                out += [Change("+", line) for _, line in new[c:d]]
+                out += [Change("-", line) for line in old]
+                out += [Change("+", line) for line in new]
         return out
 
     def __bool__(self) -> bool:

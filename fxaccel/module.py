@@ -159,7 +159,7 @@ class AcceleratedModule(nn.Module):
 
     def report(self) -> Report:
         """What was applied, refused and nearly matched, for every capture so far."""
-        return self.__dict__[_KEY].report()
+        return self.__dict__[_KEY].report(self)
 
     def diff(self, *, capture: int = -1, raw: bool = False) -> Any:
         """Before and after the passes, as a Diff that prints as text; `raw`: before canonicalization."""

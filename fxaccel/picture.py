@@ -1,13 +1,28 @@
-"""Pictures for those who plan: drawn with matplotlib, an optional extra, without a display."""
+"""Pictures: of those who plan, drawn with matplotlib, an optional extra, without a display; and as SVG."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fxaccel.errors import OptionError
 
 SUFFIXES = (".svg", ".png")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a pass has to show in a page.
+
+    svg      text that is put into the page as it is: what comes from the model is escaped in it
+    lines    what is said below the title
+    """
+
+    title: str
+    svg: str
+    lines: Sequence[str] = ()
 
 
 def drawable(file: Path) -> None:

@@ -24,6 +24,7 @@ from fxaccel.structure import objects
 from fxaccel.tree import clone_tree, without_root_hooks
 
 if TYPE_CHECKING:
+    from fxaccel.about import Graphs
     from fxaccel.capture import Call
     from fxaccel.session import Settings
 
@@ -155,6 +156,11 @@ class Pieces:
         notes += dict.fromkeys(f"a piece is left as it was: {p.left}" for p in self.pieces if p.left)
         notes += dict.fromkeys(n for r in reports for n in r.notes)
         return CaptureReport(self.mode, passes, notes, self.check)
+
+    def graphs(self) -> list[Graphs]:
+        """Those of all pieces."""
+        found = [p.fast.__dict__["_fxaccel"].graphs() for p in self.pieces]
+        return [one for piece in found for graphs in piece for one in graphs]
 
     @property
     def source(self) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxaccel.about import About
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,12 @@ class Report:
     """Everything that `accelerate` did to a model; printing it gives a table.
 
     `report["fuse-norm"]` is the PassReport of a pass over all captures.
+
+    about     the model and its graphs, for `html`; None of a report that was read from JSON
     """
 
     captures: list[CaptureReport] = field(default_factory=list)
+    about: About | None = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, name: str) -> PassReport:
         merged = PassReport(name)
@@ -115,7 +121,19 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON: {"captures": [{"mode", "passes": [{"name", "applied": [site, ...]}]}]}."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps({"captures": [asdict(c) for c in self.captures]}, indent=2)
+
+    def html(self, *, raw: bool = False) -> str:
+        """The report as one page that needs no network: sites, proofs, refusals, graphs before and after.
+
+        raw    before is the graph as captured, not its canonical form
+        """
+        from fxaccel.page import html
+
+        return html(self, raw)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"captures": self.captures}  # graphs stay where they are
 
     @classmethod
     def from_json(cls, text: str) -> Report:

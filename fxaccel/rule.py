@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from fxaccel.errors import OptionError, RuleError
 from fxaccel.ir import Program, Replacement, path
 from fxaccel.pattern import ANY, Match, Miss, Ops, Pattern
+from fxaccel.picture import Picture
 from fxaccel.quality import Budget
 
 __all__ = [
@@ -110,6 +111,10 @@ class Pass:
         None for kinds that the pass does not know. In captures the pass finds it in `program.adopted`.
         """
         return None
+
+    def pictures(self, program: Program) -> Iterator[Picture]:
+        """What there is to see of what the pass made of a program, for the page of `report.html()`."""
+        return iter(())
 
     def covers(self, node: fx.Node) -> bool:
         """Whether the node lies in the modules that `where` names."""

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 
 from fxaccel import derived, manager, weights
+from fxaccel.about import About, Graphs
 from fxaccel.calibration import Calibration
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import Call, ambient_autocast, capture
@@ -395,14 +396,23 @@ class Session:
     def all(self) -> list[Capture | Pieces]:
         return [c for group in self.captures.values() for c in group]
 
-    def report(self) -> Report:
+    def report(self, module: nn.Module) -> Report:
         captures = [c.report if isinstance(c, Pieces) else c.reported() for c in self.all]
         if self.dropped and captures:
             note = (
                 f"{self.dropped} captures were dropped for others (max_captures={self.settings.max_captures})"
             )
             captures[-1] = replace(captures[-1], notes=[*captures[-1].notes, note])
-        return Report(captures)
+        return Report(captures, About.of(module, self.graphs()))
+
+    def graphs(self) -> list[list[Graphs]]:
+        """Of each capture its graph, or those of its pieces."""
+        return [one.graphs() if isinstance(one, Pieces) else [self.graph(one)] for one in self.all]
+
+    def graph(self, one: Capture) -> Graphs:
+        """What there is to compare of a capture; one without its passes is compared with itself."""
+        canonical = one.raw if one.program is one.raw else one.canonical
+        return Graphs(one.raw, canonical, one.program, one.manifest, self.settings.passes)
 
     def code(self) -> str:
         return "\n\n".join(f"# captured for {c.report.mode}\n{c.source}" for c in self.all)

@@ -8,6 +8,7 @@ compute from them ahead, are there already. Equal sites are timed once.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +39,12 @@ class Times:
 
     def __str__(self) -> str:
         return f"takes {self.new / self.old:.2f} times as long here ({self.new:.3g} ms for {self.old:.3g})"
+
+    @classmethod
+    def told(cls, sentence: str) -> Times | None:
+        """The times that a sentence of the report tells, if it tells any."""
+        found = re.search(r"times as long here \((\S+) ms for (\S+)\)", sentence)
+        return None if found is None else cls(float(found[2]), float(found[1]))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program
 from fxaccel.passes._checkpoint_plan import Planner
+from fxaccel.picture import Picture
 from fxaccel.profile import Profile, profile
 from fxaccel.replay import Draft, Replayed, lives, replay, write
 from fxaccel.roofline import FORWARDS, speed
@@ -161,9 +162,17 @@ class TrainingStep:
         cost = self.cost(draft)
         return cost.peak if planner.profile is self.profile else cost.inner
 
+    @cached_property
+    def planners(self) -> dict[bool, Planner]:
+        """Those that there are already: what a planner finds out of a step serves all budgets."""
+        return {}
+
     def planner(self, share: bool) -> Planner:
         """Plans for a peak, or where a share is asked for, for the peak of activations alone."""
-        return Planner(self.profile.without_gradients() if share else self.profile, self.seconds, self.link)
+        if share not in self.planners:
+            found = self.profile.without_gradients() if share else self.profile
+            self.planners[share] = Planner(found, self.seconds, self.link)
+        return self.planners[share]
 
     def planned(self, draft: Draft) -> Plan:
         """A draft with what it costs."""
@@ -182,6 +191,11 @@ class TrainingStep:
             (self.whole.inner, cost.inner), cost.seconds / (FORWARDS * sum(self.seconds.values()) or 1.0),
             cost.flops, rows(draft.dropped), rows(draft.moved),
         )  # fmt: skip
+
+
+def largest(steps: Iterable[TrainingStep]) -> int:
+    """Bytes of activations of the stage that needs most, of which a share is one for all stages."""
+    return max(step.whole.inner for step in steps)
 
 
 def said(nbytes: float) -> str:
@@ -243,7 +257,7 @@ class Checkpoint(Pass):
             return self.for_step(TrainingStep.of(program, self.optimizer))
         count = len(program.stages.begins) + 1
         steps = [TrainingStep.of_stage(program, i, self.optimizer) for i in range(count)]
-        most = max(step.whole.inner for step in steps)
+        most = largest(steps)
         return StagedPlan(tuple(self._for_stage(i, step, most) for i, step in enumerate(steps)))
 
     def _for_stage(self, number: int, step: TrainingStep, most: int) -> Plan:
@@ -257,10 +271,14 @@ class Checkpoint(Pass):
 
         most    bytes of activations that a budget is a share of, those of the step if not said
         """
+        return step.planned(self.drafted(step, most))
+
+    def drafted(self, step: TrainingStep, most: int | None = None) -> Draft:
+        """The same in numbers."""
         most = step.whole.inner if most is None else most
         if self.budget is None:
             spare = float(self.max_overhead or 0.0) * FORWARDS * sum(step.seconds.values())
-            return step.planned(step.planner(share=False).within(spare))
+            return step.planner(share=False).within(spare)
         amount, bytes_asked = read(self.budget)
         planner = step.planner(share=not bytes_asked)
         limit = amount - step.fixed if bytes_asked else amount * most
@@ -272,7 +290,13 @@ class Checkpoint(Pass):
                 f"the budget of {self.budget} cannot be kept, the smallest that can is {smallest}",
                 "a smaller batch or a shorter sequence takes less",
             )
-        return step.planned(found)
+        return found
+
+    def pictures(self, program: Program) -> Iterator[Picture]:
+        """Memory over the step, and what other budgets would cost: passes/_checkpoint_pictures.py."""
+        from fxaccel.passes._checkpoint_pictures import pictures  # which plans by what is here
+
+        return pictures(self, program)
 
     def study(self, program: Program, points: int) -> Any:
         """The plan for a program and so many others beside it: passes/_checkpoint_curve.py."""

@@ -26,10 +26,12 @@ from fxaccel.effects import learned
 from fxaccel.indexing import dimension
 from fxaccel.ir import Program
 from fxaccel.kernels import attention as kernel
+from fxaccel.passes._attention_pictures import pictures
 from fxaccel.passes._attention_scores import named
 from fxaccel.passes._attention_site import Site, called, padded, written_out
 from fxaccel.passes._attention_terms import B, D, H, Mask, Table
 from fxaccel.passes._attention_text import Emitter
+from fxaccel.picture import Picture
 from fxaccel.rule import Finder, Match, Ops, Refusals, Rule, Rules, register
 
 aten = torch.ops.aten
@@ -100,6 +102,10 @@ class FuseAttention(Rules):
     default = True
     produces = ("attention",)
     rules = (ScaledDotProduct, WrittenOut)
+
+    def pictures(self, program: Program) -> Iterator[Picture]:
+        """The masks, each kind once."""
+        return pictures(program)
 
 
 def unsupported(site: Site) -> Iterator[str]:

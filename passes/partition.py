@@ -17,6 +17,7 @@ Source     the cut of a chain: Narayanan et al. 2019, "PipeDream", and Zheng et 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -27,6 +28,7 @@ from fxaccel.errors import OptionError
 from fxaccel.ir import Program, path
 from fxaccel.passes._partition_plan import Cut, Step, Terms, cut
 from fxaccel.passes.checkpoint import STATES, read, said
+from fxaccel.picture import Picture
 from fxaccel.pipeline import orders
 from fxaccel.pipeline.simulator import Link
 from fxaccel.profile import profile
@@ -182,6 +184,12 @@ class Partition(Pass):
         from fxaccel.passes._partition_study import study  # which plans by what is here
 
         return study(program, self, batch, microbatches, schedule, latency)
+
+    def pictures(self, program: Program) -> Iterator[Picture]:
+        """A step on the devices, and what they hold over it: passes/_partition_pictures.py."""
+        from fxaccel.passes._partition_pictures import pictures  # which cuts by what is here
+
+        return pictures(self, program)
 
     def apply(self, program: Program, plan: Plan, driver: Any) -> None:
         nodes, made_again = {n.name: n for n in program.graph.nodes}, program.facts(again)

@@ -101,6 +101,28 @@ def test_diff_as_json_follows_its_schema(run):
     assert {line["sign"] for hunk in found["hunks"] for line in hunk} == {"+", "-", " "}
 
 
+def test_diff_writes_a_page(run, tmp_path):
+    done = run("diff", "cli_models:build", "--html", "out.html")
+    assert done.exit_code == 1, done.output
+    assert done.output.startswith("out.html: ")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "fxaccel.add_rms_norm" in page
+    assert run("diff", "cli_models:plain", "--html", "out.html").exit_code == 0
+    assert "before the canonical form" not in page
+    run("diff", "cli_models:build", "--raw", "--html", "out.html")
+    assert "before the canonical form" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+def test_a_page_is_refused_where_it_cannot_be_had(run):
+    done = run("diff", "cli_models:build", "--html", "out.html", "--json")
+    assert done.exit_code == 2
+    assert "--html and --json are two forms of one answer" in done.output
+    done = run("diff", "cli_models:build", "--html", "absent/out.html")
+    assert done.exit_code == 2
+    assert "--html absent/out.html cannot be written: No such file or directory" in done.output
+
+
 def test_inputs_can_be_described(run):
     words = ("diff", "cli_models:bare", "-i", "x=float32[2,3,16]", "-i", "r=float32[2,3,16]")
     assert run(*words).exit_code == 1

@@ -19,6 +19,7 @@ fast = fxaccel.accelerate(nn.Sequential(nn.RMSNorm(8, eps=1e-6)), [fxaccel.passe
 x = torch.randn(2, 8)
 torch.testing.assert_close(fast(x), fast.original()(x))
 assert len(fast.report()["fuse-norm"].applied) == 1
+assert "fxaccel.rms_norm" in fast.report().html()
 files = [getattr(m, "__file__", "") or "" for m in sys.modules.values()]
 assert not [f for f in files if f.startswith({folders!r})], files
 """
@@ -37,7 +38,7 @@ def wheel(tmp_path_factory):
 def test_it_holds_the_folders_under_their_import_names(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("fxaccel/module.py", "fxaccel/py.typed", "fxaccel/canonical/__init__.py",
-                 "fxaccel/pipeline/simulator.py",
+                 "fxaccel/pipeline/simulator.py", "fxaccel/page/page.css", "fxaccel/page/page.js",
                  "fxaccel/passes/fuse_norm.py", "fxaccel/kernels/rms_norm.py"):  # fmt: skip
         assert name in names
     assert not [n for n in names if n.startswith(("passes/", "kernels/", "tests/", "bench/"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fxaccel import svg
 from fxaccel.errors import OptionError
 from fxaccel.picture import SUFFIXES, canvas, drawable, saved
 from fxaccel.pipeline.simulator import Event, Simulated
@@ -66,6 +67,19 @@ def write(simulated: Simulated, path: Path) -> None:
         path.write_text("\n".join(lines(simulated)) + "\n")
     else:
         picture(simulated, path)
+
+
+def drawn(simulated: Simulated) -> str:
+    """The timeline as SVG text, without matplotlib; a rank's later stages are paler."""
+    unit, name = (1e3, "ms") if simulated.seconds < 1 else (1.0, "s")
+    found = [
+        svg.Bar(e.rank, unit * e.start, unit * e.end, COLOURS[e.action.kind],
+                0.35 + 0.65 / (1 + _chunk(simulated, e)), str(e.action.microbatch))
+        for e in simulated.events
+    ]  # fmt: skip
+    kinds = [k for k in COLOURS if any(e.action.kind == k for e in simulated.events)]
+    rows = [f"rank {r}" for r in range(len(simulated.memory))]
+    return svg.bars(rows, found, name, [(COLOURS[k], NAMES[k]) for k in kinds])
 
 
 def picture(simulated: Simulated, path: str | Path) -> None:
