@@ -343,6 +343,9 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
             program.notes.append(
                 f"{target_name(node.target)} at {source(node)}: no pass looks into its bodies"
             )
+    for name, slot in state.items():
+        if slot.kind == "constant":  # export's fake value holds the model's own memory, for whoever writes
+            program.placeholder(name).meta["val"].constant = None
     _read_symbols(program, exported, example)
     drop_mode_noise(program)
     return program

@@ -123,10 +123,11 @@ class LayerNormToRMSNorm(Pass):
         streams = [_Rewriting(program, driver, stream) for stream in plan.streams]
         for one in streams:
             one.prepare()
-        for norm, one in [(norm, one) for one in streams for norm in one.stream.norms]:
-            new = one.norm(norm)
-            for other in streams:
-                other.follow(norm, new)
+        for one in streams:
+            for norm in one.stream.norms:
+                new = one.norm(norm)
+                for other in streams:
+                    other.follow(norm, new)
         folded = [r for r in program.replacements if r.by == self.name]
         if folded and program.grad:
             program.notes.append(

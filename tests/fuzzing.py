@@ -41,7 +41,7 @@ class Wrong(AssertionError):
 
 
 def passes_of(sample: Sample) -> list[str]:
-    """All exact passes that serve the mode; those that plan a training step, which is dear, in a few models."""
+    """All exact passes that serve the mode; those that plan a training step in a few."""
     draw = random.Random(f"passes {sample.seed}")
     if not sample.grad:
         return [*ALWAYS, *INFERENCE]
