@@ -289,11 +289,13 @@ def _first_line(error: BaseException) -> str:
 # -- from ExportedProgram to Program ---------------------------------------------------------------
 
 
-def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, module: nn.Module) -> Program:
-    signature = exported.graph_signature
-    graph, state, constants, inputs = fx.Graph(), {}, {}, []
+def _placeholders(
+    exported: ExportedProgram, example: Call, module: nn.Module, graph: fx.Graph
+) -> tuple[dict[fx.Node, fx.Node], dict[str, Slot], dict[str, Tensor], list[str]]:
+    """Those of the new graph by the exported ones; the state among them, constants, names of the inputs."""
+    state, constants, inputs = dict[str, Slot](), dict[str, Tensor](), list[str]()
     env: dict[fx.Node, fx.Node] = {}
-    specs = {s.arg.name: s for s in signature.input_specs}
+    specs = {s.arg.name: s for s in exported.graph_signature.input_specs}
     names = iter([example.names(inspect.signature(module.forward))[i] for i in example.tensor_at])
     for node in exported.graph.nodes:
         if node.op != "placeholder":
@@ -315,6 +317,12 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
             )
         new.meta = {"val": node.meta["val"], "path": "", "source": "", "regions": ()}
         env[node] = new
+    return env, state, constants, inputs
+
+
+def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, module: nn.Module) -> Program:
+    signature, graph = exported.graph_signature, fx.Graph()
+    env, state, constants, inputs = _placeholders(exported, example, module, graph)
     inliner = Inliner(graph, exported.graph_module)
     result = inliner.inline(exported.graph, exported.graph_module, env, ())
     graph.output(tuple(_outputs(result, signature)))
@@ -345,6 +353,9 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
             program.notes.append(
                 f"{target_name(node.target)} at {source(node)}: no pass looks into its bodies"
             )
+    for name, slot in state.items():
+        if slot.kind == "constant":  # export's fake value holds the model's own memory, for whoever writes
+            program.placeholder(name).meta["val"].constant = None
     _read_symbols(program, exported, example)
     drop_mode_noise(program)
     return program

@@ -346,7 +346,7 @@ def _whole(fast: Any) -> Any:
 def _imported(name: str) -> Any:
     """What `package.module:attribute` names."""
     module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if not colon or not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", name):
         raise OptionError(f"{name!r} does not name a callable", "write package.module:callable")
     sys.path.insert(0, "")  # as `python -m` does: the model may lie in the present folder
     try:
@@ -460,4 +460,11 @@ def _reported(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         _errors.print(Text(f"error: {error}"))
+        raise typer.Exit(2) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:  # the model's own, of inputs that it does not take say
+        if debug:
+            traceback.print_exc()
+        _errors.print(Text(f"error: {type(error).__name__}: {error}\nhint: --debug shows where"))
         raise typer.Exit(2) from None

@@ -7,6 +7,7 @@ whole, the report says why, and the next pass starts from the last good graph.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import time
@@ -18,6 +19,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from fxaccel import fence
 from fxaccel.canonical import tidy
 from fxaccel.canonical.values import same_strides
 from fxaccel.effects import eliminate_dead, has_effect, is_random, storage_owner, written
@@ -37,10 +39,11 @@ from fxaccel.pattern import Match, Miss, Ops
 from fxaccel.proof import Claim, Manifest, Proof, composed, describe, fragment, prove
 from fxaccel.quality import Budget
 from fxaccel.report import CaptureReport, PassReport, Site
-from fxaccel.rule import NUMERICS, STEPS, Pass, Refusal, Rule, Rules, Search
+from fxaccel.rule import NUMERICS, STEPS, Pass, Refusal, Rule, Rules, Search, declared
 from fxaccel.stopwatch import Stopwatch, Times
 
 ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
+SENTENCES = 1000  # that a rule has against one site, at most
 CANONICAL = {"canonical-norms"}  # properties of every graph before the first pass: norms are calls of ATen
 
 
@@ -52,6 +55,8 @@ def order(passes: Sequence[Pass]) -> list[Pass]:
 
     Raises OptionError on a conflict, an unmet requirement, or a circle.
     """
+    for p in passes:
+        declared(type(p))
     by_name = {p.name: p for p in passes}
     if len(by_name) < len(passes):
         twice = next(p.name for p in passes if sum(q.name == p.name for q in passes) > 1)
@@ -176,9 +181,12 @@ def is_exact(one: Pass) -> bool:
 def _transaction(driver: Driver, program: Program, strict: bool) -> Program:
     work, one, record = driver.program, driver.one, driver.record
     try:
-        plan = one.plan(work)
-        record.plan = "" if plan is None else str(plan)
-        one.apply(work, plan, driver)
+        with fence.around(one.name):
+            plan = one.plan(work)
+            record.plan = "" if plan is None else str(plan)
+            one.apply(work, plan, driver)
+        fence.captured(program, work, one.name)
+        fence.calls(work, one.name)
         work.changed()
         eliminate_dead(work.graph)
         if record.applied:
@@ -559,7 +567,9 @@ def _point(m: Match) -> fx.Node:
 
 
 def _sentences(rule: Rule, m: Match) -> list[str]:
-    sentences = list(rule.refuse(m))
+    sentences = list(itertools.islice(rule.refuse(m), SENTENCES + 1))
+    if len(sentences) > SENTENCES:
+        raise RuleError(f"{type(rule).__name__}.refuse comes to no end: {sentences[0]!r}")
     for sentence in sentences:
         if not isinstance(sentence, str):
             raise RuleError(f"{type(rule).__name__}.refuse must yield str, got {sentence!r}")

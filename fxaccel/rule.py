@@ -209,8 +209,8 @@ _registry: dict[str, type[Pass]] = {}
 P = TypeVar("P", bound=Pass)
 
 
-def register(cls: type[P]) -> type[P]:
-    """Class decorator: make a pass known by its name, with its annotated fields as options."""
+def declared(cls: type[Pass]) -> None:
+    """Raise RuleError where a pass has no name, or is of no step or class."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", cls.name):
         raise RuleError(f"{cls.__name__}.name is {cls.name!r}, expected words joined by hyphens")
     if cls.numerics not in NUMERICS or cls.step not in STEPS:
@@ -218,6 +218,11 @@ def register(cls: type[P]) -> type[P]:
             f"{cls.__name__} has numerics {cls.numerics!r} and step {cls.step!r}, "
             f"expected one of {NUMERICS} and of {STEPS}"
         )
+
+
+def register(cls: type[P]) -> type[P]:
+    """Class decorator: make a pass known by its name, with its annotated fields as options."""
+    declared(cls)
     known = _registry.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise OptionError(

@@ -120,8 +120,14 @@ class LayerNormToRMSNorm(Pass):
         """Centre the sources, and exchange the norms."""
         for norm, why in plan.refused:
             driver.refused(norm, why)
-        for stream in plan.streams:
-            _Rewriting(program, driver, stream).run()
+        streams = [_Rewriting(program, driver, stream) for stream in plan.streams]
+        for one in streams:
+            one.prepare()
+        for one in streams:
+            for norm in one.stream.norms:
+                new = one.norm(norm)
+                for other in streams:
+                    other.follow(norm, new)
         folded = [r for r in program.replacements if r.by == self.name]
         if folded and program.grad:
             program.notes.append(
@@ -148,13 +154,20 @@ class _Rewriting:
         self.zero_mean: dict[Place, fx.Node] = {}
         self.folded: dict[fx.Node, fx.Node] = {}
 
-    def run(self) -> None:
+    def prepare(self) -> None:
+        """Centre all that the norms read."""
         for place, how in self.stream.sources.items():
             self.zero_mean[place] = self.source(place, how)
         for place in self.stream.links:
             self.zero_mean[place] = self.link(place)
-        for norm in self.stream.norms:
-            self.norm(norm)
+
+    def follow(self, old: fx.Node, new: fx.Node) -> None:
+        """Know a norm that was exchanged: without a weight it is a source of the stream behind it."""
+        if any(node is old for node, _ in self.zero_mean):
+            known = self.zero_mean.items()
+            self.zero_mean = {
+                (new if n is old else n, axis): new if v is old else v for (n, axis), v in known
+            }
 
     def source(self, place: Place, how: str) -> fx.Node:
         """Centre what of a source is to be centred; returns the zero-mean value."""
@@ -221,8 +234,8 @@ class _Rewriting:
             node.replace_input_with(x, self.zero_mean[x, at])
         return node
 
-    def norm(self, norm: fx.Node) -> None:
-        """Exchange a norm, whose input is centred by now."""
+    def norm(self, norm: fx.Node) -> fx.Node:
+        """Exchange a norm, whose input is centred by now; returns the new one."""
         x, axis = norm_input(norm)
         proof = self.prove("norm", norm, after=lambda op, of: rms_norm(op, norm, centre(op, of(x), axis), of))
         with self.program.graph.inserting_before(norm):
@@ -230,6 +243,7 @@ class _Rewriting:
         what = f"one of {len(self.stream.norms)} norms of a stream with {len(self.stream.sources)} sources"
         self.driver.applied(norm, what, proof=proof.key)
         self.driver.exchange(norm, new)
+        return new
 
     def prove(
         self,

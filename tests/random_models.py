@@ -246,7 +246,7 @@ def strided(w: Writer, shape: tuple[Any, ...], make: str = "torch.randn") -> str
     return w.draw.choices(list(kinds), list(kinds.values()))[0]
 
 
-def written(seed: int, least: int = 3, most: int = 6) -> Sample:
+def written(seed: int, least: int = 3, most: int = 5) -> Sample:
     """The model of this seed: the first of its attempts that runs at two sizes of the batch.
 
     The first of its families goes round, so that no family is missing in as many models as there are.

@@ -341,6 +341,18 @@ class Shared(nn.Module):
         return self.last(self.block(self.block(self.into(x))))
 
 
+class Bare(nn.Module):
+    """A norm without a weight has zero mean: it is a norm of one stream and the source of the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.block = nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        h = self.into(x)
+        return self.block(F.layer_norm(h, (4,))), self.block(h)
+
+
 X = torch.randn(3, 5, 4)
 
 
@@ -350,6 +362,7 @@ X = torch.randn(3, 5, 4)
         (Vision, (torch.randn(2, 3, 4, 4), torch.tensor([0.0, 2.0])), 2),
         (Masked, (X, torch.rand(3, 5) > 0.5), 3),
         (Shared, (X,), 5),
+        (Bare, (X,), 3),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )  # fmt: skip
