@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from fxaccel import svg
 from fxaccel.errors import OptionError
@@ -41,7 +42,8 @@ def pictures(one: Partition, program: Program) -> Iterator[Picture]:
 
 def _simulated(one: Partition, program: Program, begins: tuple[str, ...]) -> Simulated | None:
     """A step in these stages; None where the cut at these places is another."""
-    same, terms = replace(one, at=begins, stages=len(begins) + 1), one.terms()
+    options: Any = one  # of a dataclass that its decorator makes
+    same, terms = replace(options, at=begins, stages=len(begins) + 1), one.terms()
     known = profile(program)
     step = Step(program, known, speed(program).seconds(known))
     try:

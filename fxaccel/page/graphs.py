@@ -29,7 +29,7 @@ def _block(block: Block, groups: Mapping[Found, str], small: bool, opened: bool 
         block = block.parts[0]
     rows = list(block.rows)
     changed = sum(r.changed for r in rows)
-    name = [tag("b", block.path or "(root)")]
+    name: list[str] = [tag("b", block.path or "(root)")]
     if len(block.alike) > 1:
         name += [" ", tag("span", f"x {len(block.alike)}", cls="times")]
     head = [
