@@ -66,12 +66,16 @@ def _budgets(one: Checkpoint, step: TrainingStep, draft: Draft) -> Picture:
     planner = step.planner(share=share)
     unit, word = (2**20, "MiB") if step.fixed + step.whole.peak < 2**32 else (2**30, "GiB")
     plan, others = step.planned(draft), baselines(step, planner)
-    points = [(p.peak / unit, 100 * p.overhead) for p in curve(step, planner, BUDGETS)]
-    low = min(p[0] for p in [*points, (plan.peak / unit, 0.0)])
+    made = curve(step, planner, BUDGETS)
+    if share:  # of the activations, which need not be largest where the whole is
+        what, points, at = "activations", [p.activations for p in made], plan.activations[1]
+    else:
+        what, points, at = "peak", [p.peak for p in made], plan.peak
+    line = [(n / unit, 100 * p.overhead) for n, p in zip(points, made, strict=True)]
     drawn = svg.chart(
-        [svg.Series("is", "other budgets", points),
-         svg.Series("mark", "this plan", [(plan.peak / unit, 100 * plan.overhead)])],
-        f"peak of the step, {word}", "computed again, % of the step", (0.98 * low, 0.0),
+        [svg.Series("is", "other budgets", line),
+         svg.Series("mark", "this plan", [(at / unit, 100 * plan.overhead)])],
+        f"{what} of the step, {word}", "computed again, % of the step", (0.98 * min(at, *points) / unit, 0.0),
     )  # fmt: skip
     said_others = [f"{n}: {said(p.peak)}, {100 * p.overhead:.1f} % again" for n, p in others.items()]
     return Picture("What other budgets cost", drawn, ["; ".join(said_others)])
