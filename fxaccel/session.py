@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -450,7 +449,7 @@ class Session:
 def _unflattener(spec: Structure) -> Any:
     """The result of a call from its flat leaves, the short way where it is one tensor."""
     if not spec.special and children(spec.spec)[0].is_leaf():
-        return operator.itemgetter(0)
+        return lambda leaves: leaves[0]  # which Dynamo follows
     return lambda leaves: spec.unflatten(leaves)[0]
 
 
