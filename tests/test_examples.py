@@ -14,7 +14,8 @@ GROUPS = [  # those that import the same heavy packages run in one process
     ["generate", "trainer", "lora"],
     ["accelerate_library", "lightning_module", "torchao_quantized"],
     ["compiled", "exported", "safetensors_weights"],
-    ["ddp", "fsdp"],
+    ["ddp"],
+    ["fsdp"],
 ]
 RUN = """
 import runpy, sys
@@ -26,7 +27,9 @@ with importable():  # transformers and Lightning look for torchvision
 """
 
 
-@pytest.mark.parametrize("group", GROUPS, ids="-".join)
+@pytest.mark.parametrize(
+    "group", [pytest.param(g, marks=[pytest.mark.slow] * (g == ["fsdp"])) for g in GROUPS], ids="-".join
+)
 def test_the_examples_run(group):
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
