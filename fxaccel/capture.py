@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from fxaccel.effects import eliminate_dead
 from fxaccel.errors import CaptureError
 from fxaccel.inline import INNER, MARK, Inliner, drop_mode_noise, is_user
+from fxaccel.interrupts import held_back
 from fxaccel.ir import Program, Region, Slot, assumed, expr, source, target_name
 from fxaccel.structure import Opened, Structure, flatten, objects
 from fxaccel.tree import assignments, belongings, clone_tree, ties, without_root_hooks
@@ -217,6 +218,7 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
     shapes = [{d: Dim.AUTO for d in sizes} if dynamic else None for sizes in _symbolic(example)]
     tensors = tuple(_plain(t) for t in example.tensors)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(held_back())
         stack.enter_context(_quiet())
         stack.enter_context(preserve_node_meta())
         stack.enter_context(torch.inference_mode(False))

@@ -218,9 +218,16 @@ class AcceleratedModule(nn.Module):
     # -- a module like the original ---------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self._kinds()
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.__dict__[_KEY].forget()
+        if self._kinds() != before:  # trainers move a model to where it is
+            self.__dict__[_KEY].forget()
         return result
+
+    def _kinds(self) -> list[tuple[Any, ...]]:
+        """What captures take for granted of the tree's tensors."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return [(type(t), t.dtype, t.device, t.shape, t.layout, _strides(t)) for t in tensors]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -255,6 +262,10 @@ class AcceleratedModule(nn.Module):
 
     def __repr__(self) -> str:
         return f"Accelerated({super().__repr__()})"
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout is torch.strided else ()
 
 
 def _restore(bare: nn.Module, settings: Settings, replacements: list[Any]) -> AcceleratedModule:

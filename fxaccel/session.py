@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import operator
+import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,18 @@ from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
 from fxaccel.stopwatch import Stopwatch
 from fxaccel.structure import Structure, children, deliver
-from fxaccel.tree import random_kept
+from fxaccel.tree import random_kept, sources_dropped
+
+_capturing = threading.RLock()  # torch traces one model at a time; what is captured is called without it
+
+
+def _free() -> None:
+    """In a forked child: no thread that could give the lock back lives there."""
+    global _capturing
+    _capturing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_free)
 
 
 @dataclass(frozen=True)
@@ -198,7 +210,7 @@ class Session:
                     "torch.export met a call that is not captured yet",
                     "call the model once as torch.export is to call it, then export it",
                 )
-            one = self.capture(module, args, kwargs)
+            one = self.captured(module, args, kwargs, key, tensors)
         if isinstance(one, Pieces):
             return one.run(*args, **kwargs)
         try:
@@ -249,8 +261,28 @@ class Session:
     # -- capture ----------------------------------------------------------------------------------
 
     @_disable_dynamo
+    def captured(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: Any,
+        tensors: Sequence[Tensor],
+    ) -> Capture | Pieces:
+        """The capture that another thread has made of such a call meanwhile, or a new one."""
+        with _capturing:
+            for one in self.captures.get(key, ()):
+                if one.accepts(*tensors) and one.fits():
+                    return one
+            return self.capture(module, args, kwargs)
+
+    @_disable_dynamo
     def capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:
         """Capture this call, run the passes, check the result, and keep it."""
+        with _capturing, sources_dropped():
+            return self._capture(module, args, kwargs)
+
+    def _capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:
         original = self.restored(module)
         with random_kept():
             try:
@@ -293,7 +325,11 @@ class Session:
         before = weights.adopt(tree, one.program, kept)
         self.bind(one, tree)
         if self.settings.check:
-            verdict = compare(one, original, module._bare() if scratch is None else scratch, example)
+            try:
+                verdict = compare(one, original, module._bare() if scratch is None else scratch, example)
+            except BaseException:  # Ctrl-C
+                weights.give_back(tree, before, kept)
+                raise
             if not verdict.ok:
                 weights.give_back(tree, before, kept)
                 return self.unrewritten(one, verdict, original, module, example)
@@ -501,7 +537,7 @@ def _like(one: Capture) -> Call:
 def _unflattener(spec: Structure) -> Any:
     """The result of a call from its flat leaves, the short way where it is one tensor."""
     if not spec.special and children(spec.spec)[0].is_leaf():
-        return operator.itemgetter(0)
+        return lambda leaves: leaves[0]  # which Dynamo follows
     return lambda leaves: spec.unflatten(leaves)[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import linecache
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch.fx.graph_module
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -91,6 +93,22 @@ def random_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(array)
+
+
+@contextlib.contextmanager
+def sources_dropped() -> Iterator[None]:
+    """Afterwards torch no longer holds the sources of the graph modules made within, for tracebacks alone.
+
+    It would hold them for good, several for each graph that it traces.
+    """
+    kept = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for name in set(kept) - before:
+            kept.pop(name, None)
+            linecache.cache.pop(name, None)
 
 
 @contextlib.contextmanager

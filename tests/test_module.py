@@ -296,3 +296,14 @@ def test_training_flags_follow_train_and_eval_of_root_and_child():
     assert fast.blocks[1].norm.training
     assert fast.train() is fast
     assert all(m.training for m in fast.modules())
+
+
+def test_moving_a_model_to_where_it_is_keeps_its_captures():
+    model, fast, x = pair()
+    fast(x)
+    for move in (lambda: fast.to("cpu"), lambda: fast.float(), fast.cpu, fast.share_memory):
+        move()
+        assert captures(fast) == 1
+    close(fast(x), model(x))
+    fast.double()
+    assert captures(fast) == 0

@@ -112,3 +112,9 @@ def test_threads_share_a_captured_model():
     with ThreadPoolExecutor(4) as pool:
         for x, got in zip(inputs, pool.map(fast, inputs), strict=True):
             close(got, model(x))
+
+
+def test_torch_compile_makes_one_graph_of_the_result():
+    model, fast, x = pair()
+    fast(x)
+    close(torch.compile(fast, backend="eager", fullgraph=True)(x), model(x))
