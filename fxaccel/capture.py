@@ -350,7 +350,7 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
 
 
 def _part_with_constants(program: Program) -> None:
-    """Let fake values of constants hold no memory: export's hold the model's own, for whoever writes to it."""
+    """Let fake values of constants hold no memory: those of export hold the model's own."""
     for name, slot in program.state.items():
         if slot.kind == "constant":
             program.placeholder(name).meta["val"].constant = None
