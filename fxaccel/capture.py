@@ -355,12 +355,17 @@ def _program(exported: ExportedProgram, wrapper: _FlatCall, example: Call, modul
             program.notes.append(
                 f"{target_name(node.target)} at {source(node)}: no pass looks into its bodies"
             )
-    for name, slot in state.items():
-        if slot.kind == "constant":  # export's fake value holds the model's own memory, for whoever writes
-            program.placeholder(name).meta["val"].constant = None
+    _part_with_constants(program)
     _read_symbols(program, exported, example)
     drop_mode_noise(program)
     return program
+
+
+def _part_with_constants(program: Program) -> None:
+    """Let fake values of constants hold no memory: those of export hold the model's own."""
+    for name, slot in program.state.items():
+        if slot.kind == "constant":
+            program.placeholder(name).meta["val"].constant = None
 
 
 def _slot(kind: InputKind, target: str | None) -> Slot | None:
