@@ -56,6 +56,8 @@ def _row(anchor: str, group: Sequence[Found], about: About | None, graphs: Seque
         head += [" ", tag("span", f"x {len(group)}", cls="times")]
     where = [tag("div", head), *_paths([f.site.path or "(root)" for f in group]), *_source(one, about)]
     said = [tag("p", one.site.why, cls="why")] if one.site.why else []
+    if one.site.change:
+        said.append(tag("p", f"it would be taken with: {one.site.change}", cls="muted"))
     facts = list(_facts(one, graphs))
     said += [tag("div", facts, cls="facts")] if facts else []
     return tag("div", [tag("div", where, cls="where"), tag("div", said)], cls=f"site l {one.kind}", id=anchor)
