@@ -262,13 +262,9 @@ class Session:
 
     @_disable_dynamo
     def captured(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        key: Any,
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any,
         tensors: Sequence[Tensor],
-    ) -> Capture | Pieces:
+    ) -> Capture | Pieces:  # fmt: skip
         """The capture that another thread has made of such a call meanwhile, or a new one."""
         with _capturing:
             for one in self.captures.get(key, ()):

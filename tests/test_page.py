@@ -116,6 +116,12 @@ def test_measured_times_are_those_of_the_sentence():
     assert "time, measured on this machine 1 ms 2 ms" in text
 
 
+def test_what_would_be_taken_stands_below_the_reason():
+    site = Site("a", "a.py:1", "the softmax is over the queries", "Rule", "n", change="softmax(scores, -1)")
+    text = Parsed(Report([CaptureReport("eval", [PassReport("p", near_misses=[site])])]).html()).words()
+    assert "the softmax is over the queries it would be taken with: softmax(scores, -1)" in text
+
+
 def test_equal_blocks_are_shown_once_with_their_paths(fast, parsed):
     layers = layers_of(fast.diff(), fast.report())
     assert [b.alike for b in layers.parts] == [["layers.0", "layers.1", "layers.2", "layers.3"]]
