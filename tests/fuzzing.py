@@ -45,7 +45,7 @@ def passes_of(sample: Sample) -> list[str]:
     draw = random.Random(f"passes {sample.seed}")
     if not sample.grad:
         return [*ALWAYS, *INFERENCE]
-    return [*ALWAYS, *(p for p in TRAINING if draw.random() < 0.15)]
+    return [*ALWAYS, *(p for p in TRAINING if draw.random() < 0.3)]
 
 
 def observed(model: nn.Module, sample: Sample, inputs: Sequence[Any]) -> dict[str, Any]:

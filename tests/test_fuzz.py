@@ -27,7 +27,7 @@ ASKED = {name.split("{")[0] for name in (*ALWAYS, *INFERENCE, *TRAINING)}
 SELDOM = {
     "split-attention",
     "fuse-quantize",
-}  # attention with dropout draws other numbers; of quantize's results
+}  # dropout; quantize; large weights
 
 
 def chunk(start: int) -> None:
