@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from fxaccel import manager, repro
+from fxaccel import repro
 from fxaccel.discover import resolve
+from fxaccel.driver import site_key
 from fxaccel.errors import OptionError
 from fxaccel.module import accelerate
 from fxaccel.report import Site
@@ -36,7 +37,7 @@ class Suspect:
     @property
     def key(self) -> str:
         """What the pass manager is told to rewrite: the same in every run."""
-        return self.pass_name if self.site is None else manager.site_key(self.pass_name, self.site)
+        return self.pass_name if self.site is None else site_key(self.pass_name, self.site)
 
     def __str__(self) -> str:
         if self.site is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxaccel
-from fxaccel import manager
+from fxaccel import driver
 from fxaccel.errors import CaptureError, OptionError
 from fxaccel.evaluate import UNSTEADY, Unsteady
 from tests.helpers import in_pieces
@@ -165,7 +165,7 @@ def checked(sample: Sample, passes: list[Any], proofs: bool) -> Counter[str]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not proofs:
-            patch.setattr(manager, "prove", lambda *a: type("Believed", (), {"key": ""}))
+            patch.setattr(driver, "prove", lambda *a: type("Believed", (), {"key": ""}))
         with torch.set_grad_enabled(sample.grad):
             try:
                 fast = fxaccel.accelerate(copy.deepcopy(model), passes, example_inputs=inputs, check=False)
