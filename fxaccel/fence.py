@@ -25,9 +25,9 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
 }  # fmt: skip
-# Of the call that was captured. Guards may come to them, notes and replacements too.
+# Of the call that was captured. Guards may come to them, notes and replacements too; with these, ties go.
 _CAPTURED = (
-    "inputs", "sizes", "hints", "contiguous", "buffers", "ties", "training", "grad", "in_spec", "out_spec",
+    "inputs", "sizes", "hints", "contiguous", "buffers", "training", "grad", "in_spec", "out_spec",
 )  # fmt: skip
 _VALUES = (Tensor, int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool, tuple, list, type(None))
 
@@ -64,6 +64,8 @@ def captured(before: Program, after: Program, name: str) -> None:
             raise RuleError(f"{name} made the {what} of the program {value!r}")
     if not set(before.guards) <= set(after.guards) or not holds(after.guards, after.hints):
         raise RuleError(f"{name} changed the guards of the program to {after.guards}")
+    if not isinstance(after.ties, tuple) or not set(after.ties) <= set(before.ties):
+        raise RuleError(f"{name} changed the ties of the program to {after.ties!r}")
     if not all(isinstance(one, Replacement) for one in after.replacements):
         raise RuleError(f"{name} replaces parameters by {after.replacements!r}")
 
