@@ -131,3 +131,10 @@ def thinned(keep, **values):
         plain = [c.values[0] if hasattr(c, "marks") else c for c in chosen]
         cases.append(pytest.param(*plain, marks=[*marks, *[pytest.mark.slow] * (sum(places) % keep > 0)]))
     return pytest.mark.parametrize(list(values), cases, ids=lambda v: getattr(v, "__name__", str(v)))
+
+
+def rule(name, pattern, rewrite, **attributes):
+    """A rule class from two functions."""
+    return type(name, (fxaccel.Rule,), {
+        "name": name, "pattern": pattern, "rewrite": rewrite, **attributes
+    })  # fmt: skip

@@ -246,6 +246,7 @@ def world(model):
 def interrupted(seconds, work):
     """Whether `work` was interrupted by the signal of Ctrl-C, sent after so many seconds."""
     timer = threading.Timer(seconds, signal.raise_signal, (signal.SIGINT,))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of tests may ignore it
     timer.start()
     try:
         work()
@@ -255,6 +256,8 @@ def interrupted(seconds, work):
     except KeyboardInterrupt:
         timer.join()
         return True
+    finally:
+        signal.signal(signal.SIGINT, before)
     return False
 
 

@@ -16,14 +16,18 @@ import fxaccel
 from fxaccel import discover, emit, manager
 from fxaccel.canonical import effects
 from tests.fuzzing import ALWAYS, INFERENCE, TRAINING, Wrong, fuzz, fuzzed
+from tests.helpers import rule
 from tests.random_models import written
-from tests.test_wrong_rules import rule
 
 CHUNK = 50
 QUICK = range(0, 200, CHUNK)
 SLOW = range(1_000, 3_000, CHUNK)
 WITHIN = 200
 ASKED = {name.split("{")[0] for name in (*ALWAYS, *INFERENCE, *TRAINING)}
+SEEN = {  # of passes that not every chunk has a site of: a model that has one
+    "partition": 0, "checkpoint": 6, "fold-batch-norm": 8, "use-channels-last": 8, "fuse-convolution": 8,
+    "fuse-linear-loss": 10, "pack-weights": 12,
+}  # fmt: skip
 SELDOM = {
     "split-attention",
     "fuse-quantize",
@@ -34,7 +38,7 @@ def chunk(start: int) -> None:
     found = fuzzed(range(start, start + CHUNK))
     assert found["refused"] + found["pieces"] <= CHUNK // 10, found
     assert not found["refused without a word"]
-    dead = ASKED - SELDOM - set(found)
+    dead = ASKED - SELDOM - set(SEEN) - set(found)
     assert not dead, f"of {CHUNK} models none has a site of {dead}: {found}"
     assert min(found[name] for name in ("fuse-norm", "merge-linears", "fuse-activation")) >= 5, found
 
@@ -44,6 +48,12 @@ def test_two_hundred_models(start):
     chunk(start)
 
 
+def test_seldom_passes_have_models():
+    for seed in sorted(set(SEEN.values())):
+        found = fuzz(written(seed), proofs=False)
+        assert {name for name, at in SEEN.items() if at == seed} <= {name for name in found if found[name]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", SLOW)
 def test_two_thousand_models(start):
@@ -51,7 +61,8 @@ def test_two_thousand_models(start):
 
 
 def test_all_exact_passes_are_asked_for():
-    exact = {name for name, one in discover.available().items() if manager.is_exact(one)}
+    ours = {n: one for n, one in discover.available().items() if one.__module__.startswith("fxaccel.")}
+    exact = {name for name, one in ours.items() if manager.is_exact(one)}
     assert exact - ASKED == {"fuse-quantize"}
 
 

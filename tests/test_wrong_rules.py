@@ -9,6 +9,7 @@ from fxaccel import driver, ir, manager
 from fxaccel.canonical import canonicalize
 from fxaccel.capture import capture
 from fxaccel.listing import listing
+from tests.helpers import rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:fxaccel_wrong")  # it has no gradient, on purpose
 F = nn.functional
@@ -61,13 +62,6 @@ class Model(nn.Module):
         r = F.silu(h) / (1 + h.square().mean(-1, keepdim=True))
         s = F.gelu(h, approximate="tanh") + h.var(-1, keepdim=True)
         return torch.cat([p, q, r, s, h[:, 1:6].abs().sum(1, keepdim=True)], 1), torch.exp(h.neg())
-
-
-def rule(name, pattern, rewrite, **attributes):
-    """A rule class from two functions."""
-    return type(name, (fxaccel.Rule,), {
-        "name": name, "pattern": pattern, "rewrite": rewrite, **attributes
-    })  # fmt: skip
 
 
 def call(target, *others):
