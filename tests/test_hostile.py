@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import fxaccel
 from fxaccel.errors import FxaccelError
-from tests.test_wrong_rules import rule
+from tests.helpers import rule
 
 aten = torch.ops.aten
 OTHER = fx.Graph()  # the graph of no program

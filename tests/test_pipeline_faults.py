@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 
 import pytest
@@ -44,6 +45,7 @@ def spawned(folder, work):
 
 def entered(rank, folder, work):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=SIZE)
     (folder / f"said{rank}.json").write_text(json.dumps(work(rank, folder)))
     os._exit(0)  # connections of the others may be gone
