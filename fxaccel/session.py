@@ -205,11 +205,8 @@ class Session:
             if one.accepts(*tensors) and one.fits():
                 break
         else:
-            if torch.compiler.is_exporting():
-                raise CaptureError(
-                    "torch.export met a call that is not captured yet",
-                    "call the model once as torch.export is to call it, then export it",
-                )
+            if torch.compiler.is_dynamo_compiling():
+                _refuse_export()
             one = self.captured(module, args, kwargs, key, tensors)
         if isinstance(one, Pieces):
             return one.run(*args, **kwargs)
@@ -270,6 +267,7 @@ class Session:
             for one in self.captures.get(key, ()):
                 if one.accepts(*tensors) and one.fits():
                     return one
+            _refuse_export()  # here no other thread's capture is what exports
             return self.capture(module, args, kwargs)
 
     @_disable_dynamo
@@ -516,6 +514,15 @@ class Session:
             for i, one in enumerate(other.captures[key]):
                 one.bind(module, i, self.settings.backend)
         return other
+
+
+def _refuse_export() -> None:
+    """Raise CaptureError while torch.export traces: it cannot trace how a call is captured."""
+    if torch.compiler.is_exporting():
+        raise CaptureError(
+            "torch.export met a call that is not captured yet",
+            "call the model once as torch.export is to call it, then export it",
+        )
 
 
 def _like(one: Capture) -> Call:
