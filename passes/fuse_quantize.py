@@ -30,6 +30,8 @@ from fxaccel.passes._gated import activation, unequal, written
 from fxaccel.pattern import Pattern
 from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
 
+NAMED = ("quantize_rows", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "glu")  # in patterns
+
 
 class Rounded(Rule):
     """Values that are rounded by rows, found at the call that rounds them.
@@ -38,6 +40,8 @@ class Rounded(Rule):
     """
 
     def traced(self):
+        for name in NAMED:
+            kernel(name)
         pattern = Pattern.trace(self.pattern)
 
         def find(program: Program, root: fx.Node) -> Match | Miss:

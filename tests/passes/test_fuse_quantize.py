@@ -1,6 +1,8 @@
 """fuse-quantize: what it rewrites, what it leaves alone and why, and that values stay bit for bit."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -362,3 +364,14 @@ def test_a_second_run_finds_nothing():
     (record,) = run.report.passes
     assert (record.applied, record.refused, record.error) == ([], [], "")
     assert quantize_rows.op in {n.target for n in run.program.graph.nodes}
+
+
+def test_it_needs_no_other_pass_to_have_run_before_in_the_process():
+    script = (
+        "import torch, fxaccel\n"
+        "fast = fxaccel.accelerate(torch.nn.LayerNorm(8).eval(), ['fuse-quantize'], check=False)\n"
+        "with torch.no_grad():\n    fast(torch.randn(2, 8))\n"
+        "assert not fast.report()['fuse-quantize'].error, fast.report()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
