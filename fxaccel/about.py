@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fxaccel.diff import Diff
 from fxaccel.ir import Program
 from fxaccel.proof import Manifest
 from fxaccel.rule import Pass
@@ -30,6 +31,10 @@ class Graphs:
     program: Program
     manifest: Manifest
     passes: Sequence[Pass]
+
+    def diff(self, raw: bool) -> Diff:
+        """What the passes changed; raw: against the graph as exported."""
+        return Diff(self.raw if raw else self.canonical, self.program)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from torch import nn
 
 import fxaccel
 from fxaccel.capture import Call
-from fxaccel.diff import Diff
 from fxaccel.discover import available, resolve
 from fxaccel.errors import FxaccelError, OptionError
 from fxaccel.gains import gains
@@ -432,7 +431,7 @@ def _written(report: Report, file: Path, raw: bool) -> bool:
         raise OptionError(f"--html {file} cannot be written: {error.strerror}") from None
     _say(f"{file}: {file.stat().st_size / 2**10:.0f} KiB")
     graphs = report.about.graphs if report.about else ()
-    return any(Diff(g.raw if raw else g.canonical, g.program) for group in graphs for g in group)
+    return any(g.diff(raw) for group in graphs for g in group)
 
 
 def _explained(report: PassReport) -> Iterator[str]:

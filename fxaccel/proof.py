@@ -35,6 +35,7 @@ from fxaccel.errors import ProofError
 from fxaccel.evaluate import Unsteady, dropped, run_nodes, widen
 from fxaccel.ir import Program, SizeSpec, TensorSpec, expr, is_tensor, number, structure
 from fxaccel.pattern import Ops
+from fxaccel.rule import EXACT
 from fxaccel.tolerance import DRAWS, algebra_differs, same_kind, share_of_tolerance
 
 _ODD = (3, 5, 7, 11, 13, 17, 9, 15, 19, 23, 33)
@@ -331,7 +332,7 @@ class _Trial:
             return f"with {trial} the replacement writes to its input"
         self.trials.append(trial)
         moved = [self.unsteady(wide, 1)]
-        if self.numerics in ("bitwise", "reassociated"):
+        if self.numerics in EXACT:
             why = algebra_differs(reference, algebra, moved[0])
             if why:
                 return f"with {trial} {why}"
@@ -382,7 +383,7 @@ class _Trial:
                     self.error = max(self.error, share)
                 else:
                     self.grad_error = max(self.grad_error, share)
-                if share > 1 and self.numerics in ("bitwise", "reassociated"):
+                if share > 1 and self.numerics in EXACT:
                     return f"{kind} {i} is {share:.3g} times the tolerance in {n.dtype} away from float64"
         return ""
 

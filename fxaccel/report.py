@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxaccel.about import About
 
+KINDS = ("applied", "refused", "near_misses")  # of sites: lists of a PassReport
+
 
 @dataclass(frozen=True)
 class Site:
@@ -111,7 +113,7 @@ class Report:
         for capture in self.captures:
             passes, nothing = [replace(p, plan="") for p in capture.passes if p.name == name], True
             for one in passes:
-                for kind in ("applied", "refused", "near_misses"):
+                for kind in KINDS:
                     inside = [s for s in getattr(one, kind) if f"{s.path}.".startswith(f"{path}.")]
                     setattr(one, kind, inside)
                     nothing &= not inside and not one.error
@@ -149,7 +151,7 @@ class Report:
 def _capture(data: dict[str, Any]) -> CaptureReport:
     passes = []
     for p in data["passes"]:
-        sites = {k: [Site(**s) for s in p[k]] for k in ("applied", "refused", "near_misses")}
+        sites = {k: [Site(**s) for s in p[k]] for k in KINDS}
         passes.append(PassReport(**{**p, **sites}))
     return CaptureReport(**{**data, "passes": passes})
 

@@ -29,18 +29,8 @@ from fxaccel.picture import Picture
 from fxaccel.quality import Budget
 
 __all__ = [
-    "ANY",
-    "Finder",
-    "Match",
-    "Miss",
-    "Ops",
-    "Pass",
-    "Refusal",
-    "Refusals",
-    "Rule",
-    "Rules",
-    "register",
-]
+    "ANY", "Finder", "Match", "Miss", "Ops", "Pass", "Refusal", "Refusals", "Rule", "Rules", "register",
+]  # fmt: skip
 
 Refusals = Iterator[str]
 
@@ -60,6 +50,7 @@ class Refusal(str):
 
 Numerics = Literal["bitwise", "reassociated", "lower_precision", "approximate"]
 NUMERICS: tuple[Numerics, ...] = ("bitwise", "reassociated", "lower_precision", "approximate")
+EXACT = NUMERICS[:2]  # the same function, up to the order of summation
 STEPS = ("raise", "rewrite", "plan", "lower", "cut", "schedule")
 
 

@@ -123,9 +123,8 @@ def flatten(
 def _flatten(
     value: Any, given: Sequence[Any], keep: frozenset[int], within: tuple[int, ...]
 ) -> tuple[list[Any], Structure]:
-    if type(value) is dict and _FLAT.issuperset(
-        map(type, value.values())
-    ):  # attributes of a layer of a cache, say
+    # attributes of a layer of a cache, say
+    if type(value) is dict and _FLAT.issuperset(map(type, value.values())):
         raw, spec = list(value.values()), _spec_of(tuple(value))
     else:
         raw, spec = pytree.tree_flatten(value)

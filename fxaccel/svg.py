@@ -7,14 +7,17 @@ seen, data, hidden    cells of a mask
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+from typing import TypeAlias
 
 CELL = 3.0  # px of a mask's cell, more where there are few
 SIDE = 192.0  # px of a mask
 CELLS = {"#": "seen", "?": "data", ".": "hidden"}
+Place: TypeAlias = Callable[[float, float], tuple[str, str]]
+"""Where a point of a chart is, in px."""
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 256, 64, 38, 28  # px of a chart, and of what is around it
 
 
@@ -72,8 +75,7 @@ def chart(series: Sequence[Series], x: str, y: str, low: tuple[float, float] = (
     return _svg(WIDTH, HEIGHT, parts)
 
 
-def _axes(x0: float, x1: float, y0: float, y1: float, at: object) -> Iterator[str]:
-    assert callable(at)
+def _axes(x0: float, x1: float, y0: float, y1: float, at: Place) -> Iterator[str]:
     for value in ticks(y0, y1):
         (left, row), (right, _) = at(x0, value), at(x1, value)
         yield f'<path class="grid" d="M{left} {row}H{right}"/>'

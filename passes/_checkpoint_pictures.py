@@ -8,7 +8,7 @@ from itertools import pairwise
 from fxaccel import svg
 from fxaccel.ir import Program
 from fxaccel.passes._checkpoint_curve import baselines, curve
-from fxaccel.passes.checkpoint import Checkpoint, TrainingStep, largest, read, said
+from fxaccel.passes.checkpoint import Checkpoint, TrainingStep, largest, read, said, unit
 from fxaccel.picture import Picture
 from fxaccel.replay import Draft, course, write
 from fxaccel.schedule import Schedule
@@ -38,8 +38,8 @@ def _memory(step: TrainingStep, draft: Draft, schedule: Schedule, name: str) -> 
     """Over the step, as it was and as planned."""
     if write(step.profile, draft) != schedule:  # the constants of the device were measured again since
         return Picture(f"Memory of {name}", "", ["The plan of this graph is not what is planned here now."])
-    unit, word = (2**20, "MiB") if step.fixed + step.whole.peak < 2**32 else (2**30, "GiB")
-    was, now = _line(step, Draft(), unit), _line(step, draft, unit)
+    size, word = unit(step.fixed + step.whole.peak)
+    was, now = _line(step, Draft(), size), _line(step, draft, size)
     drawn = svg.chart(
         [svg.Series("was", "as it was", was), svg.Series("is", "as planned", now)],
         "calls of the step: forward, then backward", f"{word} in use",
@@ -50,32 +50,32 @@ def _memory(step: TrainingStep, draft: Draft, schedule: Schedule, name: str) -> 
     )
 
 
-def _line(step: TrainingStep, draft: Draft, unit: int) -> list[tuple[float, float]]:
+def _line(step: TrainingStep, draft: Draft, size: int) -> list[tuple[float, float]]:
     """(number of the call, most bytes in use in it), forward and then backward."""
     found = course(step.profile, draft)
     alive = [found.forward[i] for i in sorted(found.forward)]
     alive += [max(found.again.get(i, 0), found.backward[i]) for i in sorted(found.backward, reverse=True)]
     length = -(-len(alive) // POINTS) or 1
     ends = [*range(0, len(alive), length), len(alive)]
-    return [(float(i), (step.fixed + max(alive[i:j])) / unit) for i, j in pairwise(ends)]
+    return [(float(i), (step.fixed + max(alive[i:j])) / size) for i, j in pairwise(ends)]
 
 
 def _budgets(one: Checkpoint, step: TrainingStep, draft: Draft) -> Picture:
     """Time over memory for other budgets, and where this plan is."""
     share = one.budget is not None and not read(one.budget)[1]
     planner = step.planner(share=share)
-    unit, word = (2**20, "MiB") if step.fixed + step.whole.peak < 2**32 else (2**30, "GiB")
+    size, word = unit(step.fixed + step.whole.peak)
     plan, others = step.planned(draft), baselines(step, planner)
     made = curve(step, planner, BUDGETS)
     if share:  # of the activations, which need not be largest where the whole is
         what, points, at = "activations", [p.activations for p in made], plan.activations[1]
     else:
         what, points, at = "peak", [p.peak for p in made], plan.peak
-    line = [(n / unit, 100 * p.overhead) for n, p in zip(points, made, strict=True)]
+    line = [(n / size, 100 * p.overhead) for n, p in zip(points, made, strict=True)]
     drawn = svg.chart(
         [svg.Series("is", "other budgets", line),
-         svg.Series("mark", "this plan", [(at / unit, 100 * plan.overhead)])],
-        f"{what} of the step, {word}", "computed again, % of the step", (0.98 * min(at, *points) / unit, 0.0),
+         svg.Series("mark", "this plan", [(at / size, 100 * plan.overhead)])],
+        f"{what} of the step, {word}", "computed again, % of the step", (0.98 * min(at, *points) / size, 0.0),
     )  # fmt: skip
     said_others = [f"{n}: {said(p.peak)}, {100 * p.overhead:.1f} % again" for n, p in others.items()]
     return Picture("What other budgets cost", drawn, ["; ".join(said_others)])

@@ -11,7 +11,7 @@ from fxaccel.errors import OptionError
 from fxaccel.ir import Program
 from fxaccel.passes._partition_costs import costs
 from fxaccel.passes._partition_plan import Step, cut
-from fxaccel.passes.checkpoint import said
+from fxaccel.passes.checkpoint import said, unit
 from fxaccel.passes.partition import Partition
 from fxaccel.picture import Picture
 from fxaccel.pipeline import orders, timeline
@@ -59,15 +59,14 @@ def _simulated(one: Partition, program: Program, begins: tuple[str, ...]) -> Sim
 
 def _memory(found: Simulated) -> Picture:
     """What each rank holds over time."""
-    most = max(found.peaks)
-    unit, word = (2**20, "MiB") if most < 2**32 else (2**30, "GiB")
+    size, word = unit(max(found.peaks))
     time, name = (1e3, "ms") if found.seconds < 1 else (1.0, "s")
     series = []
     for rank, steps in enumerate(found.memory):
         points, before = list[tuple[float, float]](), 0.0
         for at, nbytes in steps:
-            points += [(time * at, before), (time * at, nbytes / unit)]
-            before = nbytes / unit
+            points += [(time * at, before), (time * at, nbytes / size)]
+            before = nbytes / size
         points.append((time * found.seconds, before))
         series.append(svg.Series(("is", "third", "was")[rank % 3], f"rank {rank}", points[1:]))
     drawn = svg.chart(series, f"{name} of the step", f"{word} in use")

@@ -204,6 +204,11 @@ def said(nbytes: float) -> str:
     return f"{nbytes / 2 ** (10 * unit):.{2 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 
 
+def unit(most: float) -> tuple[int, str]:
+    """The binary unit of a chart that goes up to so many bytes, and its name."""
+    return (2**20, "MiB") if most < 2**32 else (2**30, "GiB")
+
+
 def read(budget: str | float) -> tuple[float, bool]:
     """The number of a budget, and whether it is one of bytes; OptionError where it is neither."""
     form = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", str(budget))

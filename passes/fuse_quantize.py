@@ -30,8 +30,6 @@ from fxaccel.passes._gated import activation, unequal, written
 from fxaccel.pattern import Pattern
 from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
 
-NAMED = ("quantize_rows", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "glu")  # in patterns
-
 
 class Rounded(Rule):
     """Values that are rounded by rows, found at the call that rounds them.
@@ -40,8 +38,6 @@ class Rounded(Rule):
     """
 
     def traced(self):
-        for name in NAMED:
-            kernel(name)
         pattern = Pattern.trace(self.pattern)
 
         def find(program: Program, root: fx.Node) -> Match | Miss:
@@ -74,16 +70,16 @@ class NormQuantize(Rounded):
     """A norm whose rows are rounded becomes one kernel."""
 
     def pattern(self, op, x, r, w, b, dims, eps, offset, round_first, dtype):
-        ours, aten = op.fxaccel, op.aten
+        aten = op.aten
         y = op.either(
-            layer=ours.layer_norm.default(x, w, b, eps),
+            layer=op(kernel("layer_norm").op, x, w, b, eps),
             plain=aten.layer_norm.default(x, dims, w, b, eps, ANY),
-            rms=ours.rms_norm.default(x, w, eps, offset, round_first, b),
+            rms=op(kernel("rms_norm").op, x, w, eps, offset, round_first, b),
             plain_rms=aten.rms_norm.default(x, dims, w, eps),
-            add_layer=ours.add_layer_norm.default(x, r, w, b, eps)[0],
-            add_rms=ours.add_rms_norm.default(x, r, w, eps, offset, round_first, b)[0],
+            add_layer=op(kernel("add_layer_norm").op, x, r, w, b, eps)[0],
+            add_rms=op(kernel("add_rms_norm").op, x, r, w, eps, offset, round_first, b)[0],
         )
-        return ours.quantize_rows.default(y, dtype)
+        return op(kernel("quantize_rows").op, y, dtype)
 
     def refuse(self, m: Match) -> Refusals:
         x, r, w, b = m.val("x", "r", "w", "b")
@@ -112,8 +108,8 @@ class GLUQuantize(Rounded):
     """A gated activation whose rows are rounded becomes one kernel."""
 
     def pattern(self, op, gate, up, activation, dtype):
-        y = op.either(ours=op.fxaccel.glu.default(gate, up, activation), written=written(op, gate, up))
-        return op.fxaccel.quantize_rows.default(y, dtype)
+        y = op.either(ours=op(kernel("glu").op, gate, up, activation), written=written(op, gate, up))
+        return op(kernel("quantize_rows").op, y, dtype)
 
     def refuse(self, m: Match) -> Refusals:
         gate, up = m.val("gate", "up")

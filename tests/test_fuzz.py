@@ -28,10 +28,7 @@ SEEN = {  # of passes that not every chunk has a site of: a model that has one
     "partition": 0, "checkpoint": 6, "fold-batch-norm": 8, "use-channels-last": 8, "fuse-convolution": 8,
     "fuse-linear-loss": 10, "pack-weights": 12,
 }  # fmt: skip
-SELDOM = {
-    "split-attention",
-    "fuse-quantize",
-}  # dropout; quantize; large weights
+SELDOM = {"split-attention"}  # attention with dropout draws other numbers
 
 
 def chunk(start: int) -> None:

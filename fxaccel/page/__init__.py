@@ -21,7 +21,7 @@ from fxaccel.listing import Namer
 from fxaccel.page.blocks import Found, block_of, found_sites
 from fxaccel.page.figures import counted, sized
 from fxaccel.page.graphs import graphs_of
-from fxaccel.page.markup import Markup, count, folded, joined, tag
+from fxaccel.page.markup import Markup, count, folded, joined, table, tag
 from fxaccel.page.modules import modules_of
 from fxaccel.page.sites import groups_of, sites_of
 from fxaccel.picture import Picture
@@ -79,16 +79,16 @@ def _capture(
     number: int, capture: CaptureReport, about: About | None, graphs: Sequence[Graphs], raw: bool
 ) -> Markup:
     """Everything of one capture."""
-    found = found_sites(capture)
+    found, diffs = found_sites(capture), [one.diff(raw) for one in graphs]
     groups = groups_of(found, f"c{number}")
     content = [
         tag("h2", f"captured for {capture.mode}"),
         *(tag("p", note, cls="note") for note in (*capture.notes, *filter(None, [capture.check]))),
-        *([_totals(graphs, raw)] if graphs else ()),
+        *([_totals(graphs, diffs, raw)] if graphs else ()),
         _passes(capture),
         *_pictures(graphs),
         *sites_of(found, groups, about, graphs),
-        *_graphs(graphs, found, groups, raw),
+        *_graphs(diffs, found, groups),
         *([modules_of(about.modules, found)] if about else ()),
     ]  # fmt: skip
     return tag("section", content, id=f"c{number}")
@@ -98,20 +98,13 @@ def _titled(title: str, content: Markup, cls: str = "") -> Markup:
     return tag("section", [tag("h3", title), content], cls=cls)
 
 
-def _table(head: list[str], rows: Iterator[list[str]] | list[list[str]], cls: str = "") -> Markup:
-    top = tag("tr", [tag("th", h) for h in head])
-    body = [tag("tr", [tag("td", c) for c in r]) for r in rows]
-    return tag("table", [tag("thead", top), tag("tbody", body)], cls=cls)
-
-
 # -- sizes -----------------------------------------------------------------------------------------
 
 
-def _totals(graphs: Sequence[Graphs], raw: bool) -> Markup:
+def _totals(graphs: Sequence[Graphs], diffs: Sequence[Diff], raw: bool) -> Markup:
     """Nodes, bytes and FLOPs of each graph, and the operators that are called more or less often."""
     parts = []
-    for place, one in enumerate(graphs, 1):
-        diff = Diff(one.raw if raw else one.canonical, one.program)
+    for place, (one, diff) in enumerate(zip(graphs, diffs, strict=True), 1):
         old, new = diff.totals
         rows = [
             ["operator calls", f"{old.nodes:,}", f"{new.nodes:,}"],
@@ -119,11 +112,11 @@ def _totals(graphs: Sequence[Graphs], raw: bool) -> Markup:
             ["FLOPs of one forward run", _flops(old, one), _flops(new, one)],
         ]
         piece = [tag("p", f"piece {place} of {len(graphs)}", cls="muted")] if len(graphs) > 1 else []
-        parts += [*piece, _table(["", "before", "after"], rows, "sizes")]
+        parts += [*piece, table(["", "before", "after"], rows, "sizes")]
         calls = [[op, f"{a:,}", f"{b:,}"] for op, (a, b) in diff.operators().items()]
         if calls:
             head = f"{count(len(calls), 'operator')} called more or less often"
-            parts.append(folded(head, _table(["", "before", "after"], calls, "sizes")))
+            parts.append(folded(head, table(["", "before", "after"], calls, "sizes")))
     what = "before the canonical form" if raw else "in the canonical form, before the passes"
     parts.append(tag("p", f"Before is the graph {what}. FLOPs are computed from shapes.", cls="muted"))
     return _titled("Sizes", joined(parts))
@@ -148,7 +141,7 @@ def _passes(capture: CaptureReport) -> Markup:
          f"{p.seconds:.2f}", _said(p)]
         for p in capture.passes
     ]  # fmt: skip
-    return _titled("Passes", _table(["pass", "applied", "refused", "near misses", "s", ""], rows, "passes"))
+    return _titled("Passes", table(["pass", "applied", "refused", "near misses", "s", ""], rows, "passes"))
 
 
 def _said(one: PassReport) -> Markup:
@@ -175,14 +168,11 @@ def _picture(one: Picture) -> Markup:
     return tag("figure", [Markup(one.svg), tag("figcaption", caption)])
 
 
-def _graphs(
-    graphs: Sequence[Graphs], found: list[Found], groups: dict[Found, str], raw: bool
-) -> Iterator[Markup]:
+def _graphs(diffs: Sequence[Diff], found: list[Found], groups: dict[Found, str]) -> Iterator[Markup]:
     """Before and after beside each other."""
-    for place, one in enumerate(graphs, 1):
-        diff = Diff(one.raw if raw else one.canonical, one.program)
-        piece = f", piece {place} of {len(graphs)}" if len(graphs) > 1 else ""
-        own = found if len(graphs) == 1 else []  # whose piece a site is of is not on record
+    for place, diff in enumerate(diffs, 1):
+        piece = f", piece {place} of {len(diffs)}" if len(diffs) > 1 else ""
+        own = found if len(diffs) == 1 else []  # whose piece a site is of is not on record
         root = block_of(diff, own)
         rows = sum(1 for _ in root.rows)
         head = f"{count(rows, 'line')} shown, equal blocks once"

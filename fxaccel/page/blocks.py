@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 from fxaccel.diff import Diff
 from fxaccel.listing import Line
-from fxaccel.report import CaptureReport, Site
+from fxaccel.report import KINDS, CaptureReport, Site
 
 SMALLEST = 4  # lines of a block that is put together with others; of a smaller one each has a name to be seen
-KINDS = ("applied", "refused", "near_misses")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Found:
-    """A site with the name of its pass and its kind, one of KINDS."""
+    """A site with the name of its pass and its kind, one of fxaccel.report.KINDS."""
 
     by: str
     kind: str

@@ -44,6 +44,13 @@ def folded(
     return tag("details", inner, cls=cls, open=opened, **attributes)
 
 
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], cls: str = "") -> Markup:
+    """A table of cells with a row of titles."""
+    top = tag("tr", [tag("th", cell) for cell in head])
+    body = [tag("tr", [tag("td", cell) for cell in row]) for row in rows]
+    return tag("table", [tag("thead", top), tag("tbody", body)], cls=cls)
+
+
 def count(number: int, one: str, many: str = "") -> str:
     """3 sites, 1 site."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from fxaccel.about import About, Graphs
 from fxaccel.page.blocks import Found
 from fxaccel.page.figures import Figures, counted, sides, sized
-from fxaccel.page.markup import Markup, count, folded, joined, tag
+from fxaccel.page.markup import Markup, count, folded, joined, table, tag
 from fxaccel.proof import Claim, Proof
+from fxaccel.rule import EXACT
 from fxaccel.stopwatch import Times
 
-TITLES = {
-    "applied": "Rewritten", "refused": "Refused", "near_misses": "Near misses",
-}  # fmt: skip
+TITLES = {"applied": "Rewritten", "refused": "Refused", "near_misses": "Near misses"}
 SHOWN = 3  # paths of a row, beyond which they are folded
-EXACT = ("bitwise", "reassociated")
 
 
 def groups_of(found: Sequence[Found], prefix: str) -> dict[Found, str]:
@@ -98,9 +96,7 @@ def _facts(one: Found, graphs: Sequence[Graphs]) -> Iterator[Markup]:
     elif one.kind == "applied":
         yield tag("p", "no proof of its own; the whole graph is compared with the model", cls="muted")
     if rows:
-        body = [tag("tr", [tag("td", cell) for cell in row]) for row in rows]
-        head = tag("tr", [tag("th", cell) for cell in ("", "before", "after")])
-        yield tag("table", [tag("thead", head), tag("tbody", body)], cls="cost")
+        yield table(("", "before", "after"), rows, "cost")
 
 
 def _computed(before: Figures, after: Figures) -> Iterator[list[str]]:
