@@ -70,6 +70,8 @@ def _bindings() -> dict[str, Any]:
 
 
 _BINDINGS = _bindings()
+# What expressions of sizes and arguments call by these names, as torch prints them.
+_PYTHON = ("abs", "float", "len", "math", "max", "min", "round", "slice")
 _FUNCTIONS = ("accepts", "fits", "forward", "compute", "sources", "derive", "derived")
 _serial = itertools.count()
 
@@ -120,7 +122,8 @@ class Code:
     def bind(self, module: Tree, filename: str) -> dict[str, Any]:
         """Execute the source with its tables bound to `module`; returns the functions by name."""
         filename = f"{filename.strip('<>')} #{next(_serial)}"  # linecache shows no source for <...>
-        namespace: dict[str, Any] = {"torch": torch, **self.constants}  # Dynamo would import a __name__
+        # Dynamo would import a __name__.
+        namespace: dict[str, Any] = {"torch": torch, "math": math, **self.constants}
         for name, (kind, path) in self.tables.items():
             owner = module.get_submodule(path)
             namespace[name] = owner._parameters if kind == "parameter" else owner._buffers
@@ -160,7 +163,7 @@ class Emitter:
         self.choices: dict[str, Any] = {} if outer is None else outer.choices
         self.read: dict[str, str] = {} if outer is None else outer.read
         self.everywhere: set[str] = (
-            {"torch", "inf", "nan", *_FUNCTIONS} if outer is None else outer.everywhere
+            {"torch", "inf", "nan", *_PYTHON, *_FUNCTIONS} if outer is None else outer.everywhere
         )
         self.taken: set[str] = set()
         self.shared: dict[Any, str] = {}

@@ -58,10 +58,7 @@ class Sizes:
         if not all(value.is_Integer for value in bound.values()):
             return None
         chosen |= {s: int(value) for s, value in bound.items()}
-        try:
-            sound = all(size > 0 for size in chosen.values()) and holds(self.program.guards, chosen)
-        except ZeroDivisionError:  # a guard on a remainder
-            return None
+        sound = all(size > 0 for size in chosen.values()) and holds(self.program.guards, chosen)
         return chosen if sound else None
 
     def candidates(self, at: int) -> list[int]:

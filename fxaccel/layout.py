@@ -2,7 +2,8 @@
 
 A convolution that leaves the channels of a place side by side gives the values that it gave before, with
 other strides. Elementwise operators, pooling and norms take them as they come. The caller does not, nor an
-operator that reads memory by its strides or that torch does not know: these get a copy as it was before.
+operator that reads memory by its strides or that torch does not know, nor one that draws random numbers in
+the order of memory: these get a copy as it was before.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor
-from fxaccel.canonical.effects import STRICT
+from fxaccel.canonical.effects import NAMESPACES, STRICT
 from fxaccel.canonical.values import same_strides
-from fxaccel.effects import aliased_arguments, storage_owner
+from fxaccel.effects import aliased_arguments, is_random, storage_owner
 from fxaccel.ir import Program, expr, is_call
 
 aten = torch.ops.aten
-NAMESPACES = ("aten", "fxaccel")  # of operators that read values, however they are laid out
 
 
 def layouts(program: Program) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def settle(program: Program, driver: Any, before: Mapping[str, Any], made: Itera
 
     Returns how many are copied.
     """
-    e, moved, copies = Editor(program), set(made), 0
+    e, moved, copies = Editor(program), {*made, *driver.relaid}, 0
     shown = {storage_owner(n) for n in program.graph.output_node().all_input_nodes}
     for node in list(program.graph.nodes):
         if node.op != "call_function":
@@ -50,7 +50,8 @@ def settle(program: Program, driver: Any, before: Mapping[str, Any], made: Itera
         if not isinstance(old, Tensor) or not isinstance(new, Tensor) or same_strides(old, new):
             continue
         moved.add(node)
-        seeing = list(_seeing(node, node in shown))
+        dense = _dense(old, _order(old))
+        seeing = [] if same_strides(new, dense) else list(_seeing(node, old, node in shown))
         if seeing:
             copy = _copied(driver, node, old)
             copies += 1
@@ -69,12 +70,15 @@ def _value(e: Editor, node: fx.Node) -> Any:
     old, new = node.meta["val"], e.value(node, node.target, node.args, dict(node.kwargs))
     if not isinstance(old, Tensor) or list(map(expr, old.shape)) == list(map(expr, new.shape)):
         return new
-    order = _order(new)
-    return old.new_empty([old.shape[d] for d in order]).permute([order.index(d) for d in range(old.dim())])
+    return _dense(old, _order(new))
 
 
-def _seeing(node: fx.Node, shown: bool) -> Iterator[fx.Node]:
-    """The readers that see how a value is laid out; of what an output may be a view of, all views too."""
+def _seeing(node: fx.Node, old: Tensor, shown: bool) -> Iterator[fx.Node]:
+    """The readers that see how a value is laid out; of what an output may be a view of, all views too.
+
+    `empty_like` leaves out gaps, so that a draw sees the order of the dimensions alone.
+    """
+    turned = not same_strides(_dense(old, _order(old)), _dense(old, _order(node.meta["val"])))
     for user in node.users:
         target: Any = user.target
         known = is_call(user, operator.getitem) or getattr(target, "namespace", "") in NAMESPACES
@@ -83,6 +87,7 @@ def _seeing(node: fx.Node, shown: bool) -> Iterator[fx.Node]:
             or not known
             or target in STRICT
             or (shown and node in aliased_arguments(user))
+            or (turned and is_random(user))
         ):
             yield user
 
@@ -98,6 +103,11 @@ def _copied(driver: Any, node: fx.Node, old: Tensor) -> fx.Node:
         if order != dims:
             made = driver.call(node, aten.permute.default, made, [order.index(d) for d in dims])
     return made
+
+
+def _dense(val: Tensor, order: list[int]) -> Tensor:
+    """A value without gaps, its dimensions in this order in memory."""
+    return val.new_empty([val.shape[d] for d in order]).permute([order.index(d) for d in range(val.dim())])
 
 
 def _order(val: Tensor) -> list[int]:

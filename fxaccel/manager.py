@@ -25,6 +25,7 @@ from fxaccel.ir import (
     Program,
     assumed,
 )  # fmt: skip
+from fxaccel.layout import layouts, settle
 from fxaccel.proof import Manifest
 from fxaccel.quality import Budget
 from fxaccel.report import CaptureReport, PassReport
@@ -162,6 +163,7 @@ def is_exact(one: Pass) -> bool:
 
 def _transaction(driver: Driver, program: Program, strict: bool) -> Program:
     work, one, record = driver.program, driver.one, driver.record
+    before = layouts(work)  # a copy may name its nodes otherwise
     try:
         with fence.around(one.name):
             plan = one.plan(work)
@@ -172,7 +174,9 @@ def _transaction(driver: Driver, program: Program, strict: bool) -> Program:
         work.changed()
         eliminate_dead(work.graph)
         if record.applied:
-            tidy(work, driver.relaid)
+            if driver.relaid:
+                settle(work, driver, before)
+            tidy(work)
         _check(program, work, one)
         if record.applied and not is_exact(one):
             _measure(driver, program)

@@ -20,9 +20,14 @@ with one structure are proved once; the key is a hash of both fragments and thei
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from types import CodeType
 from typing import Any
 
 import sympy
@@ -40,6 +45,7 @@ from fxaccel.tolerance import DRAWS, algebra_differs, same_kind, share_of_tolera
 
 _ODD = (3, 5, 7, 11, 13, 17, 9, 15, 19, 23, 33)
 _EVEN = (4, 8, 2, 16, 6, 10, 32, 64, 128)
+TRIES = 1000  # of sizes for what a trial reads
 STAND_IN = 509  # for a size that a rule says could be any
 
 
@@ -289,24 +295,34 @@ class _Trial:
         Where the guards want more than that (batch * length of one input equals that of another), sizes of
         one dimension that were equal in the example are chosen together.
         """
-        chosen: dict[str, int] = {}
+        hints = {name: self.program.hints.get(name, 2) for name in names}
         for together in (False, True):
             groups: dict[Any, list[str]] = {}
             for name in names:
-                like = (self.program.sizes.get(name, (0, name))[1], self.program.hints.get(name, 2))
+                like = (self.program.sizes.get(name, (0, name))[1], hints[name])
                 groups.setdefault(like if together else name, []).append(name)
-            chosen = {}
-            for group in groups.values():
-                hint = self.program.hints.get(group[0], 2)
-                candidates = [c for c in (*wanted, *_ODD, *_EVEN) if c not in chosen.values()] + [hint]
-                tried = (chosen | dict.fromkeys(group, c) for c in candidates)
-                chosen = next(filter(self.allowed, tried), chosen | dict.fromkeys(group, hint))
-            if self.allowed(chosen):
-                break
-        return chosen
+            found = self.fitting([(g, hints[g[0]]) for g in groups.values()], wanted, {}, count())
+            if found is not None:
+                return found
+        return hints
 
-    def allowed(self, sizes: dict[str, int]) -> bool:
-        return holds(self.program.guards, sizes)
+    def fitting(
+        self, groups: list[tuple[list[str], int]], wanted: tuple[int, ...], chosen: dict[str, int],
+        tries: Iterator[int],
+    ) -> dict[str, int] | None:  # fmt: skip
+        """The first choice of sizes for the groups, each with that of the example, that the guards allow."""
+        if not groups:
+            return chosen
+        (names, hint), *others = groups
+        for size in [c for c in (*wanted, *_ODD, *_EVEN) if c not in chosen.values()] + [hint]:
+            if next(tries) > TRIES:
+                return None
+            tried = chosen | dict.fromkeys(names, size)
+            if holds(self.program.guards, tried):
+                found = self.fitting(others, wanted, tried, tries)
+                if found is not None:
+                    return found
+        return None
 
     # -- comparison -------------------------------------------------------------------------------
 
@@ -393,13 +409,28 @@ def _versions(*groups: list[Any]) -> list[int]:
     return [v._version for values in groups for v in values if isinstance(v, Tensor)]
 
 
+@functools.lru_cache(maxsize=1024)
+def _code(guard: str) -> tuple[CodeType, frozenset[str]]:
+    """A guard to be evaluated, and the names in it."""
+    tree = ast.parse(guard, mode="eval")
+    names = frozenset(n.id for n in ast.walk(tree) if isinstance(n, ast.Name))
+    return compile(tree, "<guard>", "eval"), names
+
+
 def holds(guards: Iterable[str], sizes: dict[str, int]) -> bool:
     """Whether every guard whose symbols are all given holds."""
-    scope = {"__builtins__": {}, "max": max, "min": min, **sizes}
+    scope = {
+        "__builtins__": {}, "abs": abs, "math": math, "max": max, "min": min, "round": round, **sizes
+    }  # fmt: skip
     for guard in guards:
-        code = compile(guard, "<guard>", "eval")
-        if set(code.co_names) <= scope.keys() and not eval(code, scope):
-            return False
+        code, names = _code(guard)
+        if names <= scope.keys():
+            try:
+                fits = eval(code, scope)
+            except ZeroDivisionError:  # a guard on a remainder
+                return False
+            if not fits:
+                return False
     return True
 
 

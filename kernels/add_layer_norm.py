@@ -19,7 +19,7 @@ from fxaccel.kernels import _norm, _operator, _rows, layer_norm
 
 def reference(x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The meaning of this op: what every test compares with."""
-    h = x + r
+    h = (x + r).contiguous()
     return layer_norm.reference(h, w, b, eps), h
 
 
@@ -61,5 +61,5 @@ _norm.register(
 
 def direct(x: Tensor, r: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The op on CPU tensors; the norm as `layer_norm.direct`."""
-    h = torch.add(x, r)
+    h = torch.add(x, r).contiguous()
     return layer_norm.direct(h, w, b, eps), h

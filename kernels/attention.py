@@ -384,7 +384,9 @@ def direct(
     if lost:
         return op(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, shared, 0.0, causal, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, shared, 0.0, causal, scale=scale, enable_gqa=grouped)
+    joined = out.transpose(1, 2)  # the heads; torch's kernels lie so, what it computes in parts does not
+    return out if joined.is_contiguous() else joined.contiguous().transpose(1, 2)
 
 
 shared = _operator.Shared(

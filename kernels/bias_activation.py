@@ -34,7 +34,7 @@ WAVES = 4  # programs of backward for each multiprocessor, where they sum db
 
 def reference(x: Tensor, b: Tensor | None, activation: str) -> Tensor:
     """The meaning of this op: what every test compares with."""
-    return ACTIVATIONS[activation](x if b is None else x + b)
+    return ACTIVATIONS[activation](x if b is None else x + b).contiguous()
 
 
 def unsupported(x: Tensor, b: Tensor | None, activation: str) -> Iterator[str]:

@@ -33,7 +33,7 @@ _BACKWARD = {name: _activations.BACKWARD[name] + 2 for name in ACTIVATIONS}
 
 def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """The meaning of this op: what every test compares with."""
-    return ACTIVATIONS[activation](gate) * up
+    return (ACTIVATIONS[activation](gate) * up).contiguous()
 
 
 def unsupported(gate: Tensor, up: Tensor, activation: str) -> Iterator[str]:

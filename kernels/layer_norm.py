@@ -23,7 +23,7 @@ def reference(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tens
     z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
     if w is not None:
         z = z * w.to(f.dtype)
-    return (z if b is None else z + b.to(f.dtype)).to(x.dtype)
+    return (z if b is None else z + b.to(f.dtype)).to(x.dtype).contiguous()
 
 
 def unsupported(x: Tensor, w: Tensor | None, b: Tensor | None = None, eps: float = 0.0) -> Iterator[str]:

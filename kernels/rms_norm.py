@@ -41,7 +41,7 @@ def reference(
         z = z * (w.to(f.dtype) + offset if offset else w)
     if b is not None:
         z = z + b
-    return z.to(x.dtype) if low else z
+    return (z.to(x.dtype) if low else z).contiguous()
 
 
 def unsupported(

@@ -58,11 +58,13 @@ def bound(graph: nx.DiGraph, seconds: dict[fx.Node, float], stages: int) -> floa
 
 
 def _least(graph: nx.DiGraph, seconds: dict[fx.Node, float], stages: int) -> float:
+    high = sum(seconds.values())
+    if not high:  # views alone
+        return 0.0
     runs = list(_runs(graph, seconds))
-    low = max(sum(seconds.values()) / stages, max(seconds.values(), default=0.0))
+    low = max(high / stages, max(seconds.values()))
     if _ends(runs, low) <= stages:
         return low
-    high = sum(seconds.values())
     for _ in range(ROUNDS):
         middle = (low + high) / 2
         low, high = (low, middle) if _ends(runs, middle) <= stages else (middle, high)

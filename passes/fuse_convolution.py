@@ -18,7 +18,6 @@ from torch import fx
 
 from fxaccel.ir import expr
 from fxaccel.kernels import kernel
-from fxaccel.layout import layouts, settle
 from fxaccel.passes._packed import changes, crowds
 from fxaccel.rule import ANY, Match, Ops, Refusals, Rule, register
 
@@ -125,10 +124,7 @@ class FuseConvolution(Rule):
         )
 
     def apply(self, program, plan, driver):
-        """Wherever it matches; then what the caller sees is laid out as it was."""
-        before = layouts(program)
         driver.rewrite([self, Transposed()])
-        settle(program, driver, before)
 
 
 class Transposed(Rule):

@@ -176,6 +176,25 @@ def test_names_that_are_keywords_or_shadow_others_are_made_different():
     torch.testing.assert_close(fxaccel.accelerate(model)(a, b), model(a, b))
 
 
+def test_names_of_python_stay_what_they_are():
+    """What guards and sizes call is not hidden by an operator, an input or a module of that name."""
+
+    class Largest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.len = nn.Linear(4, 4)
+
+        def forward(self, round):
+            return self.len(round).max()
+
+    model, x = Largest(), torch.randn(3, 4)
+    program = capture(model, (x,), {})
+    program.guards = (*program.guards, "max(1, 2) == round(2.1)", "math.floor(2.5) == min(2, 3)")
+    names = emit.emit(program).bind(model, "<test>")
+    assert names["accepts"](x)
+    torch.testing.assert_close(names["forward"](x)[0], model(x))
+
+
 def test_literals_survive():
     x = torch.randn(3, 4)
 

@@ -15,7 +15,7 @@ from fxaccel.errors import ProofError
 from fxaccel.evaluate import _BY_DEFINITION, UNSTEADY, Calm, Unsteady
 from fxaccel.proof import holds, materialise
 from fxaccel.tolerance import share_of_tolerance
-from tests.helpers import Function
+from tests.helpers import Function, agree, session
 
 F = nn.functional
 aten = torch.ops.aten
@@ -489,6 +489,29 @@ def test_materialise_keeps_dtype_shape_and_strides():
     assert materialise((1, None, torch.empty(2)), {}, generator)[:2] == (1, None)
 
 
+def test_sizes_are_found_where_a_product_of_free_ones_is_bound_to_a_fixed_one():
+    """8 * batch rows of one input beside batch * length labels: the first sizes that fit alone fit nobody."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 11)
+
+        def forward(self, x, labels):
+            x = x - torch.arange(8.0)[:, None]  # which fixes the length of x alone
+            return F.cross_entropy(self.head(x).reshape(-1, 11), labels.reshape(-1))
+
+    model, given = Loss(), (torch.randn(3, 8, 8), torch.randint(0, 11, (3, 8)))
+    fast = fxaccel.accelerate(model, ["fuse-linear-loss{least=0.001KiB}"], example_inputs=given, strict=True)
+    assert any("==" in guard and "*" in guard for guard in session(fast).all[0].program.guards)
+    agree(model, fast, *given)
+
+
+def test_a_guard_on_a_remainder_of_nothing_does_not_hold():
+    assert not holds(["5 % (a - 3) == 0"], {"a": 3})
+
+
 def test_guards_with_unknown_symbols_are_left_out():
     assert holds(["a > 2", "b > 5"], {"a": 3})
     assert not holds(["a > 2"], {"a": 2})
+    assert not holds(["math.floor(a / 2) == max(1, a)"], {"a": 2})

@@ -66,8 +66,6 @@ input or of another output that it was not, and the set of parameters with a gra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import fx
 
 from fxaccel.canonical import arguments, arithmetic, idiom, motion, norm, parts, product, shape  # noqa: F401
@@ -112,14 +110,9 @@ def drop_constants(program: Program) -> None:
             program.graph.erase_node(node)
 
 
-def tidy(program: Program, relaid: Iterable[fx.Node]) -> None:
-    """What the form holds of any graph, after a pass: true strides, and one node for each value.
-
-    relaid   nodes laid out otherwise than what they took the place of
-    """
+def tidy(program: Program) -> None:
+    """What the form holds of any graph, after a pass: one node for each value."""
     e = Editor(program)
-    e.relaid.update(relaid)
-    lay_out(e)
     if merge_equal(e):
         eliminate_dead(e.graph)
     program.changed()

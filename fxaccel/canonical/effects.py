@@ -24,6 +24,7 @@ STRICT = {
     aten.view.default, aten.view.dtype, aten.view_as_complex.default, aten.as_strided.default,
     aten._unsafe_view.default, aten.sym_stride.int, aten.sym_storage_offset.default,
 }  # fmt: skip
+NAMESPACES = ("aten", "prims", "fxaccel")  # of operators that read values, however they are laid out
 _WALK_LIMIT = 32  # values that may be laid out anew by one step
 
 
@@ -191,5 +192,5 @@ def _later(e: Editor, node: fx.Node) -> bool:
 
 def _indifferent(e: Editor, user: fx.Node) -> bool:
     """Whether a reader does the same however its operands are laid out."""
-    known = isinstance(user.target, torch._ops.OpOverload) or user.target is operator.getitem
+    known = user.target is operator.getitem or getattr(user.target, "namespace", "") in NAMESPACES
     return known and user.target not in STRICT and not is_random(user) and not _later(e, user)

@@ -32,6 +32,13 @@ def test_no_order_and_cut_takes_less(seed):
     assert found >= max(sum(seconds.values()) / stages, max(seconds.values()))
 
 
+def test_what_takes_no_time_takes_none():
+    """Of what follows the longest source views alone may be left."""
+    graph = nx.DiGraph([(0, 1), (2, 1), (2, 3)])
+    assert bound(graph, dict.fromkeys(range(4), 0.0), 2) == 0
+    assert bound(graph, {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, 2) == 1
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_of_a_chain_it_is_the_optimum(seed):
     rng = random.Random(seed)
