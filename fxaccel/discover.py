@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
 
-from fxaccel.errors import OptionError
+from fxaccel.errors import FxaccelError, OptionError
 from fxaccel.rule import Pass, registered
 
 GROUP = "fxaccel.passes"
@@ -41,7 +41,7 @@ def available() -> dict[str, type[Pass]]:
 def resolve(passes: Iterable[str | Pass | type[Pass]] | None) -> list[Pass]:
     """Pass instances from names ("fuse-norm{where=layers.*}"), classes and instances; None: the defaults."""
     if passes is None:
-        return [cls() for cls in available().values() if cls.default]
+        return [_made(cls) for cls in available().values() if cls.default]
     if isinstance(passes, str):
         raise OptionError(f"passes= is the string {passes!r}, expected a list", f"passes=[{passes!r}]")
     given = list(passes)
@@ -53,7 +53,7 @@ def _one(given: str | Pass | type[Pass], known: Mapping[str, type[Pass]]) -> Pas
     if isinstance(given, Pass):
         return given
     if isinstance(given, type) and issubclass(given, Pass):
-        return given()
+        return _made(given)
     if isinstance(given, str):
         return _parsed(given, known)
     raise OptionError(f"passes= holds {given!r}, expected names, Pass classes or Pass instances")
@@ -83,7 +83,18 @@ def _parsed(text: str, passes: Mapping[str, type[Pass]]) -> Pass:
         if not equals or key not in fields:
             raise OptionError(f"pass {name!r} has no option {key!r}", f"it has {sorted(fields)}")
         values[key] = _value(name, fields[key], value)
-    return cls(**values)
+    return _made(cls, **values)
+
+
+def _made(cls: type[Pass], **options: Any) -> Pass:
+    """An instance; what a stranger's `__post_init__` raises is an error of its options."""
+    try:
+        return cls(**options)
+    except FxaccelError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise OptionError(f"pass {cls.name!r} cannot be made with the options {options}: {what}") from error
 
 
 def _split(text: str) -> Sequence[str]:

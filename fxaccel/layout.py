@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxaccel.canonical.editor import Editor
 from fxaccel.canonical.effects import NAMESPACES, STRICT
+from fxaccel.canonical.storage import follows
 from fxaccel.canonical.values import same_strides
 from fxaccel.effects import aliased_arguments, is_random, storage_owner
 from fxaccel.ir import Program, expr, is_call
@@ -25,8 +26,18 @@ aten = torch.ops.aten
 
 
 def layouts(program: Program) -> dict[str, Any]:
-    """The fake values of a graph by the names of its nodes: what `settle` is to compare with."""
-    return {n.name: n.meta["val"] for n in program.graph.nodes if "val" in n.meta}
+    """The fake values of a graph by the names of its nodes: what `settle` is to compare with.
+
+    Without those of torch's attention, whose kernels lay out otherwise than its fake says, and what follows.
+    """
+    untold, found = set[fx.Node](), dict[str, Any]()
+    for node in program.graph.nodes:
+        followed = follows(node.target) and not untold.isdisjoint(node.all_input_nodes)
+        if followed or is_call(node, aten.scaled_dot_product_attention.default):
+            untold.add(node)
+        elif "val" in node.meta:
+            found[node.name] = node.meta["val"]
+    return found
 
 
 def settle(program: Program, driver: Any, before: Mapping[str, Any], made: Iterable[fx.Node] = ()) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxaccel.effects import written
+from fxaccel.effects import storage_owner, written
 from fxaccel.ir import Program, Replacement, arguments, fake_mode, is_call, source, target_name
 from fxaccel.passes._linear_sites import parameter
 from fxaccel.rule import Ops, Pass, register
@@ -210,9 +210,14 @@ class MergeLinears(Pass):
             made.append(driver.call(first, target, *args, **kwargs))
             return made[-1]
 
+        outputs = program.graph.output_node().all_input_nodes
+        shown = {storage_owner(n) for n in outputs}
         with program.graph.inserting_before(first):
             op = Ops(make)
             parts, tensors = _merged(op, group)
+            for i, linear in enumerate(group.linears):
+                if linear in shown:  # alone: the others would live as long as it does
+                    parts[i] = op.aten.clone.default(parts[i], memory_format=torch.contiguous_format)
         old = [*group.linears, *(n.args[1] for n in group.linears if group.flipped)]
         proof = driver.prove(type(self).__name__, old, made, group.linears, parts)
         told = f"one of {len(group.linears)}, of {' + '.join(map(str, group.sizes))} outputs"

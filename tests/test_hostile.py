@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import fx, nn
 
 import fxaccel
-from fxaccel.errors import FxaccelError
+from fxaccel import discover
+from fxaccel.errors import FxaccelError, OptionError
 from tests.helpers import rule
 
 aten = torch.ops.aten
@@ -220,6 +222,20 @@ def test_the_example_and_the_model_are_out_of_reach():
     survives(breaking(apply), Net(), torch.randn(4, 6))
     assert seen
     assert all(type(val).__name__ == "FakeTensor" for val in seen)
+
+
+@pytest.mark.parametrize("given", ["by class", "by name", "by default"])
+def test_a_pass_that_cannot_be_made_says_so(given, monkeypatch):
+    def refuse(self):
+        raise KeyError("what it looks for")
+
+    wrong = dataclasses.dataclass(frozen=True, kw_only=True)(
+        type("Hostile", (fxaccel.Pass,), {"name": "hostile", "default": True, "__post_init__": refuse})
+    )
+    monkeypatch.setattr(discover, "available", lambda: {"hostile": wrong})
+    passes = {"by class": [wrong], "by name": ["hostile"], "by default": None}[given]
+    with pytest.raises(OptionError, match=r"cannot be made with .*: KeyError: 'what it"):
+        fxaccel.accelerate(Net(), passes)
 
 
 CLASSES = {

@@ -101,6 +101,16 @@ def test_of_merged_linears(read):
         assert strides(got) == strides(model(torch.randn(3, 4, 8)))
 
 
+def test_parts_of_one_row_that_the_caller_gets_share_nothing():
+    """Their strides are those of before, their storage is not."""
+    model, x = Merged(lambda y: y).eval(), torch.randn(1, 8)
+    model.forward = lambda x: (model.a(x), model.b(x), model.c(x))
+    with torch.no_grad():
+        fast = fxaccel.accelerate(model, ["merge-linears{even_if_slower=true}"], expect={"merge-linears": 3})
+        got, _ = agree(model, fast, x)
+    assert len({t.untyped_storage().data_ptr() for t in got}) == 3
+
+
 def test_what_nobody_sees_is_not_copied():
     """Only the order of dimensions counts for a draw, and gaps for nobody who reads values."""
     model = Merged(lambda y: F.dropout(y, 0.5).exp()).eval()
