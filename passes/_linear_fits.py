@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxaccel.calibration import Calibration, Moments
@@ -92,7 +91,7 @@ class Fitted:
 class Fits:
     """Measures and fits the forms that could take the places of a program's weights.
 
-    options    the pass: `aware`, `even_if_slower` and what its forms ask for in `fitted` are read
+    options    the pass: `by_outputs`, `even_if_slower` and what its forms ask for in `fitted` are read
     ranges     scales of the inputs of sites, where the pass has calibrated them
     """
 
@@ -104,7 +103,7 @@ class Fits:
         self.ranges: dict[str, float] = {}
 
     def weight(self, site: LinearSite) -> Tensor:
-        """The weight of a site, [outputs, inputs]."""
+        """The weight of a site, [outputs, inputs]; of convolutions as the model has it."""
         weight = self.tensors[site.node.name].detach()
         return weight.mT if site.flipped else weight
 
@@ -138,13 +137,13 @@ class Fits:
 
     def timed(self, site: LinearSite, forms: Sequence[LinearForm]) -> list[float]:
         """Milliseconds that a site takes for all of its rows, as it is and in each form."""
-        rows, weight = site.rows(self.program), self.tensors[site.node.name]
+        given, weight = site.given(self.program), self.weight(site)
         bias = any(arguments(r).get("bias") is not None for r in site.readers)
         table = not site.linears
-        key = (tuple(forms), site.shape, rows, weight.dtype, weight.device, bias, table)
+        key = (tuple(forms), site.shape, given, weight.dtype, weight.device, bias, table)
         if key not in self.times:
             generator = torch.Generator().manual_seed(0)
-            runs = [_run(f, site, rows, weight, bias, self.program.grad, generator) for f in (None, *forms)]
+            runs = [_run(f, site, given, weight, bias, self.program.grad, generator) for f in (None, *forms)]
             self.times[key] = least(runs, weight.device)
         return self.times[key]
 
@@ -159,7 +158,7 @@ class Fits:
     def places(self, open_to: Mapping[LinearSite, Sequence[Candidate]]) -> list[Place]:
         """Every site with its candidates fitted."""
         self.sites = {site.name: site for site in open_to}
-        linears = [s for s in open_to if s.linears and self.options.aware]
+        linears = [s for s in open_to if s.linears and self.options.by_outputs]
         waiting = {s: list(s.inputs) for s in linears}
         sums, made = dict[LinearSite, Moments](), dict[LinearSite, Place]()
         values = list(dict.fromkeys(x for s in linears for x in s.inputs))
@@ -239,15 +238,15 @@ def _writer(program: Program) -> Callable[[fx.Node], Ops]:
 
 
 def _run(
-    form: LinearForm | None, site: LinearSite, rows: int, weight: Tensor, bias: bool, grad: bool,
+    form: LinearForm | None, site: LinearSite, given: tuple[int, ...], weight: Tensor, bias: bool, grad: bool,
     generator: torch.Generator,
 ) -> Callable[[], Any]:  # fmt: skip
-    """A call of a linear or table with a weight in a form, or the dense one; with its gradients."""
+    """A call of a site's reader with a weight in a form, or the dense one; with its gradients."""
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(weight)
 
-    dense = drawn(*site.shape)
+    dense = drawn(*weight.shape)
     parts = (dense,) if form is None else form.plain(dense)
     floating = [p for p in parts if p.dtype == weight.dtype and not (form and form.frozen)]
     for part in floating:
@@ -256,16 +255,16 @@ def _run(
     op = Ops(_Emitted()) if form is not None and not grad and weight.device.type == "cpu" else EAGER
     held = parts if form is None else form.ready(EAGER, parts)
     if not site.linears:
-        x = torch.randint(site.shape[0], (rows,), generator=generator).to(weight.device)
+        x = torch.randint(site.shape[0], given, generator=generator).to(weight.device)
         leaves = floating
     else:
-        x = drawn(rows, site.shape[1]).requires_grad_(grad)
+        x = drawn(*given).requires_grad_(grad)
         leaves = [x, *floating, *([] if b is None else [b])]
 
     def forward() -> Tensor:
-        if not site.linears:
-            return F.embedding(x, dense) if form is None else form.lookup(op, x, held)
-        return F.linear(x, dense, b) if form is None else form.linear(op, x, held, b)
+        if form is None:
+            return site.called(x, dense, b)
+        return form.linear(op, x, held, b) if site.linears else form.lookup(op, x, held)
 
     def run() -> Any:
         with torch.set_grad_enabled(grad):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,11 +48,9 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearReplacement(Pass):
-    """Linears whose weights are held in another form: a subclass says in which by `forms`.
+class WeightReplacement(Pass):
+    """Calls whose weights are held in another form: a subclass says which by `sites`, and how by `forms`.
 
-    also              what is else left alone, joined by "|": attention-outputs, heads, embeddings
-    aware             fit by the error of the outputs on the calibration calls, not of the weights
     even_if_slower    count FLOPs where time is measured otherwise, and refuse nothing for its time
     """
 
@@ -60,12 +58,7 @@ class LinearReplacement(Pass):
     open_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of linears that need no asking for."""
 
-    also: str = ""
-    aware: bool = True
     even_if_slower: bool = False
-
-    def __post_init__(self) -> None:
-        self.known("also", self.others, ROLES)
 
     @staticmethod
     def known(option: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -77,7 +70,16 @@ class LinearReplacement(Pass):
     @property
     def others(self) -> list[str]:
         """Roles that are replaced too."""
-        return [w for w in self.also.split("|") if w]
+        return []
+
+    @property
+    def by_outputs(self) -> bool:
+        """Whether fits go by the error of the outputs on the calibration calls, not of the weights."""
+        return False
+
+    def sites(self, program: Program) -> Iterator[LinearSite | tuple[fx.Node, str]]:
+        """Each weight that may be open; where one cannot be replaced, a call that reads it and the reason."""
+        raise NotImplementedError
 
     def allowed(self, fits: Fits, open_to: Mapping[LinearSite, list[Candidate]]) -> Budget | None:
         """How much worse the model may become; None to take the first form that pays, whatever it does."""
@@ -127,7 +129,7 @@ class LinearReplacement(Pass):
         adopted    names of weights that are replaced already, whatever the options say
         """
         found, refused = list[LinearSite](), list[tuple[fx.Node, str]]()
-        for one in sites(program):
+        for one in self.sites(program):
             node = one[0] if isinstance(one, tuple) else one.readers[0]
             kept = not isinstance(one, tuple) and one.name in adopted
             if not (self.covers(node) or kept):
@@ -217,6 +219,32 @@ class LinearReplacement(Pass):
             )  # fmt: skip
             driver.applied(reader, one.remark, proof=proof.key)
             driver.exchange(reader, new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearReplacement(WeightReplacement):
+    """Linears whose weights are held in another form.
+
+    also              what is else left alone, joined by "|": attention-outputs, heads, embeddings
+    aware             fit by the error of the outputs on the calibration calls, not of the weights
+    """
+
+    also: str = ""
+    aware: bool = True
+
+    def __post_init__(self) -> None:
+        self.known("also", self.others, ROLES)
+
+    @property
+    def others(self) -> list[str]:
+        return [w for w in self.also.split("|") if w]
+
+    @property
+    def by_outputs(self) -> bool:
+        return self.aware
+
+    def sites(self, program: Program) -> Iterator[LinearSite | tuple[fx.Node, str]]:
+        return sites(program)
 
 
 def _declined(place: Place, measured: Budget, outcome: Outcome, budget: Budget) -> str:

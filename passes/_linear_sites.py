@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from fxaccel.derived import standing
 from fxaccel.ir import Program, arguments, is_call, number, source, target_name
@@ -67,6 +68,15 @@ class LinearSite:
         shapes = shapes or [r.args[1].meta["val"].shape for r in self.readers]
         return sum(math.prod(number(s, program.hints) for s in shape) for shape in shapes)
 
+    def given(self, program: Program) -> tuple[int, ...]:
+        """The shape of what takes as long as all that the readers are given, at the captured sizes."""
+        rows = (self.rows(program),)
+        return (*rows, self.shape[1]) if self.linears else rows
+
+    def called(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a reader computes of such a value with a dense weight [outputs, inputs]."""
+        return F.linear(x, weight, bias) if self.linears else F.embedding(x, weight)
+
 
 def sites(program: Program) -> Iterator[LinearSite | tuple[fx.Node, str]]:
     """Each site; where a linear's weight cannot be replaced, the linear and the reason."""
@@ -92,6 +102,17 @@ def parameter(program: Program, weight: Any) -> tuple[fx.Node | None, bool]:
     return (weight if known else None), transposed
 
 
+def names(program: Program, weight: fx.Node) -> tuple[str, tuple[str, ...]]:
+    """The name of a parameter, and other names of the same one."""
+    name = program.state[weight.name].name
+    return name, tuple(n for group in program.ties if name in group for n in group if n != name)
+
+
+def also_read(user: fx.Node) -> str:
+    """Why a weight stays that a call reads which is none of its kind."""
+    return f"its weight is also read by {target_name(user.target)} at {source(user) or 'no known line'}"
+
+
 def _readers(weight: fx.Node, transposed: bool) -> list[fx.Node]:
     if not transposed:
         return list(weight.users)
@@ -108,8 +129,7 @@ def _obstacle(program: Program, weight: fx.Node, transposed: bool) -> str:
         if user.op == "output":
             return "its weight is also an output of the model"
         if parameter(program, bound.get("weight")) != (weight, transposed):
-            by, at = target_name(user.target), source(user) or "no known line"
-            return f"its weight is also read by {by} at {at}"
+            return also_read(user)
         if bound.get("scale_grad_by_freq") or bound.get("sparse"):
             return "its table has gradients that are sparse or scaled by frequency"
         if bound.get("padding_idx", -1) >= 0 and program.grad:
@@ -125,9 +145,8 @@ def _site(program: Program, weight: fx.Node, transposed: bool) -> LinearSite:
         ATTENTION: any(map(_after_attention, linears)),
         HEAD: any(_ends(program, r) for r in linears),
     }
-    name = program.state[weight.name].name
-    aliases = tuple(n for group in program.ties if name in group for n in group if n != name)
     roles = tuple(role for role in ROLES if is_a[role])
+    name, aliases = names(program, weight)
     return LinearSite(name, weight, readers, transposed, roles, aliases)
 
 

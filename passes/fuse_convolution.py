@@ -18,6 +18,7 @@ from torch import fx
 
 from fxaccel.ir import expr
 from fxaccel.kernels import kernel
+from fxaccel.passes._convolutions import Window
 from fxaccel.passes._packed import changes, crowds
 from fxaccel.rule import ANY, Match, Ops, Refusals, Rule, register
 
@@ -65,19 +66,8 @@ def _act(m: Match) -> tuple[str, list[Any]]:
     return name, [m.slope] if name == "leaky_relu" else []
 
 
-def _how(m: Match) -> tuple[list[int], list[int] | None, list[int], int]:
-    """Stride, padding, dilation and groups in numbers; no padding where its sides differ."""
-    sizes = m.val("w").shape[2:]
-    stride, dilation = (list(v) * (len(sizes) if len(v) == 1 else 1) for v in (m.stride, m.dilation))
-    padding: list[int] | None
-    if m.padding == "same":
-        around = [d * (k - 1) for d, k in zip(dilation, sizes, strict=True)]
-        padding = None if any(a % 2 for a in around) else [a // 2 for a in around]
-    elif m.padding == "valid":
-        padding = [0] * len(sizes)
-    else:
-        padding = list(m.padding) * (len(sizes) if len(m.padding) == 1 else 1)
-    return stride, padding, dilation, m.groups
+def _how(m: Match) -> Window | None:
+    return Window.of(m.val("w").shape[2:], m.stride, m.padding, m.dilation)
 
 
 @register
@@ -113,14 +103,15 @@ class FuseConvolution(Rule):
             yield f"{list(m.val('other').shape)} is added to a result of {list(made.shape)}"
         if not all(isinstance(number, (int, float)) for number in numbers):
             yield f"it is clamped between {m.low} and {m.high}, which are not two numbers"
-        if _how(m)[1] is None:
+        if _how(m) is None:
             yield f"padding 'same' of {list(m.val('w').shape[2:])} is one more behind than before"
         yield from crowds(m, self.mebibytes)
 
     def rewrite(self, op: Ops, m: Match):
-        act, numbers = _act(m)
+        (act, numbers), window = _act(m), _how(m)
+        how = (list(v) for v in (window.stride, window.padding, window.dilation))
         return op.fxaccel.packed_convolution.default(
-            m.x, m.w, m.b, m.other, *_how(m), act, list(map(float, numbers))
+            m.x, m.w, m.b, m.other, *how, m.groups, act, list(map(float, numbers))
         )
 
     def apply(self, program, plan, driver):

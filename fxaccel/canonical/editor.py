@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import sympy
@@ -191,16 +190,9 @@ class Editor:
         described = describe([args, kwargs])
         key = (target, described, like.meta.get("regions", ()))
         if key not in self._values:
-            with self._unguarded():
+            with ir.unguarded(self.graph):
                 self._values[key] = ir.fake_result(self.graph, like, target, args, kwargs)
         return self._values[key]
-
-    def _unguarded(self) -> AbstractContextManager[None]:
-        """While it is open, fake runs leave no conditions on sizes behind."""
-        mode = ir.fake_mode(self.graph)
-        if mode is None or mode.shape_env is None:
-            return nullcontext()
-        return mode.shape_env.suppress_guards()
 
     def forward(self, node: fx.Node, to: fx.Node) -> fx.Node | None:
         """`to` for the place of `node`, None where an output would newly be an alias."""
