@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from fxaccel.canonical.values import same_strides
-from fxaccel.effects import has_effect, is_random, written
+from fxaccel.effects import UNWRITTEN, has_effect, is_random, written
 from fxaccel.errors import RuleError
 from fxaccel.ir import Program, call, expr, path, source, target_name, tensors, without_defaults
 from fxaccel.pattern import Match, Miss, Ops
 from fxaccel.proof import Claim, Manifest, Proof, composed, describe, fragment, prove
 from fxaccel.report import PassReport, Site
-from fxaccel.rule import Pass, Refusal, Rule, Search
+from fxaccel.rule import Pass, Refusal, Rule, Search, joined
 from fxaccel.stopwatch import Stopwatch, Times
 
 ROUNDS_PER_NODE = 10  # rewrites a node of the graph, above which a rule feeds on its own output
@@ -68,13 +68,12 @@ class Driver:
 
         What would have to change for it is told where each of them knows.
         """
-        why = [why] if isinstance(why, str) else list(why)
-        changes = [w.change for w in why if isinstance(w, Refusal)]
-        change = "; ".join(changes) if len(changes) == len(why) else ""
-        self.record.refused.append(self._site(node, "; ".join(why), rule, change=change))
+        why = why if isinstance(why, str) else joined(why)
+        self.record.refused.append(self._site(node, why, rule))
 
-    def _site(self, node: fx.Node, why: str, rule: str, proof: str = "", change: str = "") -> Site:
-        return Site(path(node), source(node), why, rule or self.one.name, node.name, proof, change)
+    def _site(self, node: fx.Node, why: str, rule: str, proof: str = "") -> Site:
+        change = why.change if isinstance(why, Refusal) else ""
+        return Site(path(node), source(node), str(why), rule or self.one.name, node.name, proof, change)
 
     def call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's insertion point with the provenance of `like`."""
@@ -189,14 +188,14 @@ class _Local:
         if isinstance(found, Miss):
             if found.depth > 1 and (name, root) not in self.seen:
                 self.seen.add((name, root))
-                site = self.driver._site(root, found.why, name, change=found.change)
-                self.driver.record.near_misses.append(site)
+                why = Refusal(found.why, found.change) if found.change else found.why
+                self.driver.record.near_misses.append(self.driver._site(root, why, name))
             return []
-        why = [*_sentences(rule, found), *self.obstacles(rule, found), *self.left_out(name, root)]
-        if why:
+        said = [*_sentences(rule, found), *self.obstacles(rule, found), *self.left_out(name, root)]
+        if said:
             if (name, root) not in self.seen:
                 self.seen.add((name, root))
-                self.driver.refused(root, why, name)
+                self.driver.refused(root, said, name)
             return []
         return self.replace(rule, found)
 
@@ -229,7 +228,7 @@ class _Local:
                 name = target_name(writer.target)
                 yield Refusal(
                     f"%{node.name} is written in place by {name} at {source(writer)}",
-                    "write into a copy, or make a new tensor",
+                    UNWRITTEN,
                 )
         yield from _effects(rule, m)
         if any(not read < _point(m) for read in _reads(m)):

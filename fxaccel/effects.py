@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fxaccel.ir import Program, arguments, incremental, is_tensor
 
+UNWRITTEN = "write into a copy, or make a new tensor"
+"""What a pass would take in the place of a value that is written in place."""
+
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _RANDOM_TAG = torch.Tag.nondeterministic_seeded
 _MAY_ALIAS_FIRST = {

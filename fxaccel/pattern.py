@@ -227,7 +227,7 @@ class Match:
 class Miss:
     """The attempt at a pattern that got furthest, and the first clause that failed there.
 
-    change    what would have to stand there
+    change    what would have to stand there, where `why` is no Refusal, which says it itself
     """
 
     depth: int = -1

@@ -36,7 +36,8 @@ class Site:
 
     def __str__(self) -> str:
         where = "  ".join(w for w in (self.path or "(root)", self.source) if w)
-        return f"{where}: {self.why}" if self.why else where
+        change = f"; it would be taken with: {self.change}" if self.change else ""
+        return f"{where}: {self.why}{change}" if self.why else where
 
 
 @dataclass

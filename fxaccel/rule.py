@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor, fx
@@ -29,7 +29,8 @@ from fxaccel.picture import Picture
 from fxaccel.quality import Budget
 
 __all__ = [
-    "ANY", "Finder", "Match", "Miss", "Ops", "Pass", "Refusal", "Refusals", "Rule", "Rules", "register",
+    "ANY", "Finder", "Match", "Miss", "Ops", "Pass", "Refusal", "Refusals", "Rule", "Rules", "joined",
+    "register",
 ]  # fmt: skip
 
 Refusals = Iterator[str]
@@ -46,6 +47,14 @@ class Refusal(str):
         made = super().__new__(cls, why)
         made.change = change
         return made
+
+
+def joined(sentences: Iterable[str]) -> str:
+    """Sentences as one, with what would change it where each of them knows."""
+    said = list(sentences)
+    changes = [w.change for w in said if isinstance(w, Refusal)]
+    why = "; ".join(said)
+    return Refusal(why, "; ".join(dict.fromkeys(changes))) if said and len(changes) == len(said) else why
 
 
 Numerics = Literal["bitwise", "reassociated", "lower_precision", "approximate"]

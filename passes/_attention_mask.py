@@ -18,6 +18,7 @@ import torch
 from fxaccel.indexing import TRUE, Affine, Call, Read, Value, conjunction, negation, reads, rebuilt, symbols
 from fxaccel.passes._attention_terms import (
     HUGE,
+    MINUS_INFINITY,
     Fill,
     K,
     Mask,
@@ -32,6 +33,7 @@ from fxaccel.passes._attention_terms import (
     simplified,
 )
 from fxaccel.passes._attention_text import MAX_TABLES, Spelling, bare
+from fxaccel.rule import Refusal
 
 aten = torch.ops.aten
 
@@ -136,7 +138,8 @@ def _minus_infinity(hard: Sequence[Fill], without_key: str) -> tuple[str, list[s
     if without_key != "nan" or all(f.added for f in hard):
         return without_key, []
     if any(f.added for f in hard):
-        return "zero", ["a row may see no key, for it has -inf added in one place and put in another"]
+        why = "a row may see no key, for it has -inf added in one place and put in another"
+        return "zero", [Refusal(why, MINUS_INFINITY)]
     return "nan_fill", []
 
 
@@ -144,12 +147,14 @@ def _without_key(p: Problem, hard: Sequence[Fill], soft: Sequence[Fill]) -> tupl
     """What a row gives that may see no key, where huge numbers mean "not seen", and why it cannot be had."""
     fill, value = soft[0], min(f.value for f in soft)
     if len(soft) + len(hard) > 1:
-        return "zero", [
+        why = (
             f"a row may see no key, and then {len(hard) + len(soft)} masks, one of which fills with "
             f"{value:g}, leave some of its keys and not others"
-        ]
+        )
+        return "zero", [Refusal(why, MINUS_INFINITY)]
     if fill.added and (value > -(2.0**100) or p.dtype is torch.float16):
-        return "zero", [f"a row may see no key, and its scores then differ by what {value:g} does not absorb"]
+        why = f"a row may see no key, and its scores then differ by what {value:g} does not absorb"
+        return "zero", [Refusal(why, MINUS_INFINITY)]
     return "mean" if fill.added else "fill", []
 
 

@@ -11,8 +11,9 @@ from torch import fx
 
 from fxaccel.indexing import ZERO, Const, Read, Value, dimension, negation
 from fxaccel.ir import arguments, is_call, target_name
-from fxaccel.passes._attention_terms import Fill, Term, as_number
+from fxaccel.passes._attention_terms import MINUS_INFINITY, Fill, Term, as_number
 from fxaccel.reading import Reader
+from fxaccel.rule import Refusal
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ class Scores:
         return False
 
     def _shift(self) -> bool:
-        self.why = "a number is added to the scores"
+        self.why = Refusal("a number is added to the scores", "the scores alone, whose softmax is the same")
         return False
 
     def filled(self, keep: Value, whole: Value, fill: Any) -> bool:
@@ -87,14 +88,15 @@ class Scores:
         if isinstance(fill, fx.Node):
             fill = as_number(element(self.reader, fill, self.at))
         if fill is None:
-            self.why = "masked scores are replaced by a tensor"
+            self.why = Refusal("masked scores are replaced by a tensor", MINUS_INFINITY)
             return False
         fill = float(fill) * self.factor
         if self.cap:
             self.why = "a mask lies before the softcap"
             return False
         if not fill <= -1e8:
-            self.why = f"masked scores become {fill:g}, which a score that is seen may fall below"
+            why = f"masked scores become {fill:g}, which a score that is seen may fall below"
+            self.why = Refusal(why, MINUS_INFINITY)
             return False
         self.fills.append(Fill(keep, fill, False, whole))
         return True

@@ -42,6 +42,7 @@ aten = torch.ops.aten
 B, H, Q, K, D = (index(name) for name in "bhqkd")
 
 
+MINUS_INFINITY = "masked_fill with -inf"  # which any fill of masked scores may be
 HUGE = -1e8  # a score filled with this or less counts as no score, where another key is seen
 
 

@@ -9,10 +9,19 @@ from typing import Any
 
 import torch
 
+from fxaccel.rule import Refusal
+
 aten = torch.ops.aten
 PLAIN = {d: getattr(aten, f"conv{d}d").default for d in (1, 2, 3)}
 CONVOLUTIONS = (*PLAIN.values(), *(getattr(aten, f"conv{d}d").padding for d in (1, 2, 3)))
 TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+
+def uneven(sizes: Sequence[Any]) -> Refusal:
+    """Why a convolution stays that has no `Window`."""
+    return Refusal(
+        f"padding 'same' of {list(sizes)} is one more behind than before", "F.pad before it, and padding=0"
+    )
 
 
 @dataclass(frozen=True)

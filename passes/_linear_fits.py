@@ -15,6 +15,7 @@ from fxaccel.errors import OptionError
 from fxaccel.ir import Program, Replacement, arguments, call, is_call
 from fxaccel.kernels import kernel
 from fxaccel.kernels._clock import least
+from fxaccel.passes._advice import EVEN_IF_SLOWER
 from fxaccel.passes._linear_form import EAGER, LinearForm, Parts
 from fxaccel.passes._linear_sites import EMBEDDING, LinearSite
 from fxaccel.passes._target import Target
@@ -22,7 +23,7 @@ from fxaccel.passes.structured import LowRank, StructuredMatrix
 from fxaccel.planner import Alternative, Choice, Place
 from fxaccel.progress import tracked
 from fxaccel.quality import Budget, Measured
-from fxaccel.rule import Ops
+from fxaccel.rule import Ops, Refusal
 
 DAMPING = 0.1  # of the mean square of an input, that is taken to be in every direction: calls are a sample
 
@@ -133,7 +134,7 @@ class Fits:
             f"{c.form} is {c.figures}" for c in best
         )
         good = [c for c in told if dense >= pays * c.cost]
-        return good, "" if good else why
+        return good, "" if good else Refusal(why, EVEN_IF_SLOWER)
 
     def timed(self, site: LinearSite, forms: Sequence[LinearForm]) -> list[float]:
         """Milliseconds that a site takes for all of its rows, as it is and in each form."""

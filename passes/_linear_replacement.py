@@ -19,7 +19,7 @@ from fxaccel.passes._linear_form import LinearForm, Parts
 from fxaccel.passes._linear_sites import ROLES, LinearSite, sites
 from fxaccel.planner import Outcome, Place, choose
 from fxaccel.quality import Budget
-from fxaccel.rule import Pass
+from fxaccel.rule import Pass, Refusal
 
 PAYS = 1.05  # times as fast as the dense linear another form must be
 
@@ -139,8 +139,8 @@ class WeightReplacement(Pass):
             elif kept:
                 found.append(one)
             elif closed := [r for r in one.roles if r not in (*self.open_roles, *self.others)]:
-                told, also = " and ".join(closed), "|".join(closed)
-                refused.append((node, f"it is one of the {told}; ask with also={also!r}"))
+                told, also = " and ".join(closed), "|".join([*self.others, *closed])
+                refused.append((node, Refusal(f"it is one of the {told}", f"also={also}")))
             else:
                 found.append(one)
         return found, refused
@@ -250,7 +250,8 @@ class LinearReplacement(WeightReplacement):
 def _declined(place: Place, measured: Budget, outcome: Outcome, budget: Budget) -> str:
     probe, seen = outcome.effects[place.name]
     alone = f"{probe.what}, off by {probe.error:.2g}, alone makes {measured.metric} {seen}"
-    return f"the budget {budget} is better spent elsewhere: {alone}"
+    change = "a smaller size" if budget.of_size else "a larger budget"
+    return Refusal(f"the budget {budget} is better spent elsewhere: {alone}", change)
 
 
 def _basis(budget: Budget, measured: Budget, outcome: Outcome, calibration: Calibration) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor, fx
 
 from fxaccel.derived import standing
 from fxaccel.ir import Program, arguments, is_call, number, source, target_name
+from fxaccel.passes._advice import NO_GRAD, OWN
+from fxaccel.rule import Refusal
 
 aten = torch.ops.aten
 LINEAR, EMBEDDING, PERMUTE = aten.linear.default, aten.embedding.default, aten.permute.default
@@ -86,7 +88,10 @@ def sites(program: Program) -> Iterator[LinearSite | tuple[fx.Node, str]]:
             continue
         weight, transposed = parameter(program, arguments(node)["weight"])
         if weight is None:
-            yield node, "its weight is computed, not a parameter of the model"
+            yield (
+                node,
+                Refusal("its weight is computed, not a parameter of the model", "a parameter in its place"),
+            )
         elif weight not in seen:
             seen.add(weight)
             why = _obstacle(program, weight, transposed)
@@ -109,8 +114,11 @@ def names(program: Program, weight: fx.Node) -> tuple[str, tuple[str, ...]]:
 
 
 def also_read(user: fx.Node) -> str:
-    """Why a weight stays that a call reads which is none of its kind."""
-    return f"its weight is also read by {target_name(user.target)} at {source(user) or 'no known line'}"
+    """Why a weight stays that something reads which is no call of its kind."""
+    if user.op == "output":
+        return Refusal("its weight is also an output of the model", OWN)
+    by, at = target_name(user.target), source(user) or "no known line"
+    return Refusal(f"its weight is also read by {by} at {at}", OWN)
 
 
 def _readers(weight: fx.Node, transposed: bool) -> list[fx.Node]:
@@ -126,14 +134,17 @@ def _obstacle(program: Program, weight: fx.Node, transposed: bool) -> str:
         return f"its weight is {val.dtype} of {val.dim()} dimensions, expected a real matrix"
     for user in _readers(weight, transposed):
         bound = arguments(user) if is_call(user, LINEAR, EMBEDDING) else {}
-        if user.op == "output":
-            return "its weight is also an output of the model"
         if parameter(program, bound.get("weight")) != (weight, transposed):
             return also_read(user)
         if bound.get("scale_grad_by_freq") or bound.get("sparse"):
-            return "its table has gradients that are sparse or scaled by frequency"
+            return Refusal(
+                "its table has gradients that are sparse or scaled by frequency",
+                "sparse=False and scale_grad_by_freq=False",
+            )
         if bound.get("padding_idx", -1) >= 0 and program.grad:
-            return f"row {bound['padding_idx']} of its table is padding, which has no gradient"
+            return Refusal(
+                f"row {bound['padding_idx']} of its table is padding, which has no gradient", NO_GRAD
+            )
     return ""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxaccel.ir import Program, arguments, expr, is_call, source, target_name
-from fxaccel.rule import Match, Miss
+from fxaccel.rule import Match, Miss, Refusal
 
 aten = torch.ops.aten
 
@@ -202,7 +202,8 @@ def _called(root: fx.Node) -> Site:
         site.why.append("there is one row of logits")
     named = root.target is aten.nll_loss_nd.default
     if logits.linear is not None and named != bool(logits.likely):
-        site.why.append("nll_loss is given no log_softmax" if named else "the logits are a log_softmax")
+        once = Refusal("the logits are a log_softmax", "cross_entropy of the logits themselves")
+        site.why.append("nll_loss is given no log_softmax" if named else once)
     return site
 
 
@@ -315,7 +316,11 @@ def _readers(site: Site) -> list[str]:
         if reader is not None:
             at = f" at {source(reader)}" if source(reader) else ""
             by = "a result" if reader.op == "output" else f"read by {target_name(reader.target)}{at}"
-            return [f"the logits are also {by}, so they are made whole; hint: return the loss alone"]
+            return [
+                Refusal(
+                    f"the logits are also {by}, so they are made whole", "a call that returns the loss alone"
+                )
+            ]
     return []
 
 

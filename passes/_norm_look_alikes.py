@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxaccel.ir import Program, arguments, expr, is_call, target_name
-from fxaccel.rule import Miss
+from fxaccel.rule import Miss, Refusal, joined
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ _SCALED = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype)
 
 def look_alike(program: Program, root: fx.Node) -> Miss:
     """Every difference between what stands around a root and a norm, as a near miss."""
-    found = "; ".join(_differences(root))
+    found = joined(_differences(root))
     return Miss(2, found) if found else Miss()
 
 
@@ -40,11 +40,14 @@ def _differences(root: fx.Node) -> Iterator[str]:
     if clamped:
         yield "what is under the root is clamped, where a norm adds eps"
     elif not isinstance(eps, (int, float)):
-        yield _missing_eps(root) if eps is None else "eps is a tensor; the kernel takes a number"
+        tensor = Refusal("eps is a tensor; the kernel takes a number", "a number as eps")
+        yield _missing_eps(root) if eps is None else tensor
     yield from _statistics(mean)
     rounded = [u.args[1] for u in root.users if is_call(u, aten.to.dtype)]
     if rounded:
-        yield f"the root is rounded to {rounded[0]} before it scales"
+        yield Refusal(
+            f"the root is rounded to {rounded[0]} before it scales", "the product rounded in its place"
+        )
     yield from _scaled(mean, _factors(root))
 
 

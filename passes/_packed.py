@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,8 @@ from torch import fx
 
 from fxaccel.derived import derived, standing
 from fxaccel.ir import Program, arguments, incremental, is_call, target_name
-from fxaccel.rule import Match, Refusals
+from fxaccel.passes._advice import STANDING
+from fxaccel.rule import Match, Refusal, Refusals
 
 KERNELS = ("fxaccel.packed_linear", "fxaccel.packed_convolution")  # which read `w` in a layout of their own
 
@@ -41,7 +43,9 @@ def packed(program: Program) -> dict[fx.Node, float]:
 def changes(m: Match) -> Refusals:
     """Why the weight `w` of a match is not one to lay out once."""
     if m.w not in m.facts(ready):
-        yield f"%{m.w.name} is no parameter or buffer that stays as it is, and none that a pass made"
+        yield Refusal(
+            f"%{m.w.name} is no parameter or buffer that stays as it is, and none that a pass made", STANDING
+        )
 
 
 def crowds(m: Match, most: float) -> Refusals:
@@ -49,6 +53,7 @@ def crowds(m: Match, most: float) -> Refusals:
     known, size = m.facts(packed), _mebibytes(m.val("w"))
     total = sum(known.values())
     if m.w not in known and total + size > most:
-        yield (
-            f"the weight has {size:.3g} MiB and those kept twice {total:.3g}; mebibytes={most:g} is the most"
+        yield Refusal(
+            f"the weight has {size:.3g} MiB and those kept twice {total:.3g}; mebibytes={most:g} is the most",
+            f"mebibytes={math.ceil(total + size)} or more",
         )

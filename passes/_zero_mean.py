@@ -24,7 +24,8 @@ from torch import fx
 
 from fxaccel.effects import is_random, written
 from fxaccel.ir import Program, arguments, expr, is_call, is_tensor, source, target_name
-from fxaccel.rule import Ops
+from fxaccel.passes._advice import EVEN_IF_SLOWER, LAST, ONE_DTYPE
+from fxaccel.rule import Ops, Refusal
 
 aten = torch.ops.aten
 LAYER_NORM = aten.layer_norm.default
@@ -249,14 +250,12 @@ def unfit(norm: fx.Node, even_if_slower: bool) -> Iterator[str]:
     """Why an RMSNorm cannot take the place of this LayerNorm, whatever it reads."""
     x, dtypes = norm.meta["val"], {n.meta["val"].dtype for n in norm.args[:4] if is_value(n)}
     if not over_last(norm):
-        yield f"it normalises over {len(norm.args[1])} dimensions; an RMSNorm is over one"
+        yield Refusal(f"it normalises over {len(norm.args[1])} dimensions; an RMSNorm is over one", LAST)
     if len(dtypes) > 1:
-        yield f"its input and weights are of dtypes {', '.join(sorted(map(str, dtypes)))}"
+        told = ", ".join(sorted(map(str, dtypes)))
+        yield Refusal(f"its input and weights are of dtypes {told}", ONE_DTYPE)
     if x.device.type == "cpu" and not even_if_slower:
-        yield (
-            "on the CPU a LayerNorm is one fused kernel and the faster of the two; "
-            "even_if_slower=true converts it all the same"
-        )
+        yield Refusal("on the CPU a LayerNorm is one fused kernel and the faster of the two", EVEN_IF_SLOWER)
 
 
 def rms_norm(op: Ops, norm: fx.Node, x: Any, of: Callable[[Any], Any] = lambda v: v) -> Any:

@@ -21,14 +21,15 @@ from torch import Tensor, fx
 
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, arguments, is_call, number
+from fxaccel.passes._advice import OWN
 from fxaccel.passes._convolution_forms import KINDS
-from fxaccel.passes._convolutions import CONVOLUTIONS, TRANSPOSED, Window
+from fxaccel.passes._convolutions import CONVOLUTIONS, TRANSPOSED, Window, uneven
 from fxaccel.passes._linear_fits import Candidate, Fits
 from fxaccel.passes._linear_form import EAGER, LinearForm
 from fxaccel.passes._linear_replacement import WeightReplacement
 from fxaccel.passes._linear_sites import LinearSite, also_read, names, parameter
 from fxaccel.quality import Budget
-from fxaccel.rule import register
+from fxaccel.rule import Refusal, register
 
 SHARES = (0.5, 0.25, 0.125)  # of the dense parameters, that a plan chooses among
 
@@ -106,9 +107,6 @@ def _obstacles(weight: fx.Node) -> Iterator[str]:
     if not val.dtype.is_floating_point:
         yield f"its weight is {val.dtype}, expected real numbers"
     for user in weight.users:
-        if user.op == "output":
-            yield "its weight is also an output of the model"
-            return
         if not is_call(user, *CONVOLUTIONS) or user.args[1] is not weight:
             yield also_read(user)
             return
@@ -117,9 +115,9 @@ def _obstacles(weight: fx.Node) -> Iterator[str]:
             yield f"it has {bound['groups']} groups, which leave little to take apart"
         windows.add(_window(user))
     if None in windows:
-        yield f"padding 'same' of {list(val.shape[2:])} is one more behind than before"
+        yield uneven(val.shape[2:])
     if len(windows) > 1:
-        yield "its weight is read by convolutions of other strides, paddings or dilations"
+        yield Refusal("its weight is read by convolutions of other strides, paddings or dilations", OWN)
 
 
 @register

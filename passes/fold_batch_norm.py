@@ -18,7 +18,8 @@ from torch import fx
 
 from fxaccel.derived import standing
 from fxaccel.ir import arguments, is_call
-from fxaccel.rule import ANY, Match, Ops, Refusals, Rule, Rules, register
+from fxaccel.passes._advice import ONE_DTYPE, STANDING
+from fxaccel.rule import ANY, Match, Ops, Refusal, Refusals, Rule, Rules, register
 
 
 def _layer(op: Ops, x: Any, w: Any, b: Any, pad: Any = ANY) -> Any:
@@ -56,11 +57,12 @@ def _refuse(m: Match) -> Refusals:
     for name in ("w", "b", "scale", "shift", "mean", "var"):
         value = getattr(m, name)
         if isinstance(value, fx.Node) and value not in known:
-            yield f"%{value.name} is not a parameter or a buffer that stays as it is"
+            yield Refusal(f"%{value.name} is not a parameter or a buffer that stays as it is", STANDING)
     dtypes = {m.val(n).dtype for n in ("w", "mean", "scale") if isinstance(getattr(m, n), fx.Node)}
     dtypes |= {m.root.meta["val"].dtype, _called(m).meta["val"].dtype}
     if len(dtypes) > 1:
-        yield f"weights, statistics and results are of dtypes {', '.join(sorted(map(str, dtypes)))}"
+        told = ", ".join(sorted(map(str, dtypes)))
+        yield Refusal(f"weights, statistics and results are of dtypes {told}", ONE_DTYPE)
     if _transposed(m) and arguments(_called(m))["groups"] != 1:
         yield f"the transposed convolution has {arguments(_called(m))['groups']} groups"
 

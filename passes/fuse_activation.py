@@ -26,9 +26,9 @@ import torch
 from fxaccel.ir import Program, expr, is_call, is_tensor
 from fxaccel.kernels import bias_activation as kernel
 from fxaccel.kernels import linear_activation
-from fxaccel.passes import _gated
+from fxaccel.passes import _advice, _gated
 from fxaccel.passes._activations import SEVERAL, activation, whole, written
-from fxaccel.rule import Match, Ops, Refusals, Rule, Rules, register
+from fxaccel.rule import Match, Ops, Refusal, Refusals, Rule, Rules, register
 
 aten = torch.ops.aten
 GATES = "it gates a product, of which fuse-glu makes one kernel"
@@ -61,16 +61,17 @@ class Fused(Rule):
         """Why the operators run as they are."""
         y, of_linear = m.root.meta["val"], m.chose("linear")
         on_cpu = y.device.type == "cpu"
-        if self.even_if_slower:
-            return
+        why = ""
         if on_cpu and of_linear:
-            yield "on the CPU the product adds the bias, and to write over its result saves no time"
+            why = "on the CPU the product adds the bias, and to write over its result saves no time"
         elif on_cpu and m.program.grad:
-            yield "with gradients the CPU runs torch's own operators, and would after this rewrite"
+            why = "with gradients the CPU runs torch's own operators, and would after this rewrite"
         elif on_cpu and y.itemsize < 4:
-            yield f"on the CPU {y.dtype} takes its time in casts, and an allocation less saves none"
+            why = f"on the CPU {y.dtype} takes its time in casts, and an allocation less saves none"
         elif of_linear and not m.program.grad:
-            yield "without gradients the product adds the bias, and all else is as much to read and write"
+            why = "without gradients the product adds the bias, and all else is as much to read and write"
+        if why and not self.even_if_slower:
+            yield Refusal(why, _advice.EVEN_IF_SLOWER)
 
 
 class BiasActivation(Fused):
@@ -109,11 +110,11 @@ class LinearActivation(Rule):
     def refuse(self, m: Match) -> Refusals:
         x, w, b = m.val("x", "w", "b")
         if m.program.grad:
-            yield "its product in one call with the activation has no gradients"
+            yield Refusal("its product in one call with the activation has no gradients", _advice.NO_GRAD)
         if gates(m):
             yield GATES
         if m.root.meta["val"].dtype != x.dtype:
-            yield f"the result is {m.root.meta['val'].dtype}: autocast rounds what is multiplied"
+            yield _advice.autocast(m.root.meta["val"].dtype, "multiplied")
         yield from linear_activation.unsupported(x, w, b, activation(m))
 
     def rewrite(self, op: Ops, m: Match):

@@ -18,9 +18,10 @@ from torch import fx
 
 from fxaccel.ir import expr
 from fxaccel.kernels import kernel
-from fxaccel.passes._convolutions import Window
+from fxaccel.passes._advice import autocast
+from fxaccel.passes._convolutions import Window, uneven
 from fxaccel.passes._packed import changes, crowds
-from fxaccel.rule import ANY, Match, Ops, Refusals, Rule, register
+from fxaccel.rule import ANY, Match, Ops, Refusal, Refusals, Rule, register
 
 
 def _convolution(op: Ops, *given: Any) -> Any:
@@ -92,7 +93,7 @@ class FuseConvolution(Rule):
         made, (act, numbers) = m.root.meta["val"], _act(m)
         yield from changes(m)
         if made.dtype != m.val("x").dtype:
-            yield f"the result is {made.dtype}: autocast rounds what is convolved"
+            yield autocast(made.dtype, "convolved")
         if m.chose("added") and not isinstance(m.other, fx.Node):
             yield f"what is added is the number {m.other}"
             return
@@ -102,9 +103,11 @@ class FuseConvolution(Rule):
         if m.chose("added") and list(map(expr, m.val("other").shape)) != list(map(expr, made.shape)):
             yield f"{list(m.val('other').shape)} is added to a result of {list(made.shape)}"
         if not all(isinstance(number, (int, float)) for number in numbers):
-            yield f"it is clamped between {m.low} and {m.high}, which are not two numbers"
+            yield Refusal(
+                f"it is clamped between {m.low} and {m.high}, which are not two numbers", "two numbers"
+            )
         if _how(m) is None:
-            yield f"padding 'same' of {list(m.val('w').shape[2:])} is one more behind than before"
+            yield uneven(m.val("w").shape[2:])
         yield from crowds(m, self.mebibytes)
 
     def rewrite(self, op: Ops, m: Match):

@@ -26,7 +26,7 @@ from fxaccel.kernels import linear_cross_entropy as kernel
 from fxaccel.passes._loss_site import ROOTS, Site, find
 from fxaccel.passes.checkpoint import read
 from fxaccel.passes.checkpoint import said as text
-from fxaccel.rule import Finder, Match, Ops, Refusals, Rule, register
+from fxaccel.rule import Finder, Match, Ops, Refusal, Refusals, Rule, register
 
 aten = torch.ops.aten
 
@@ -65,7 +65,10 @@ class FuseLinearLoss(Rule):
             return
         size = nbytes(m, linear)
         if size < read(self.least)[0]:
-            yield f"all logits are {text(size)}; it is worth its calls from {self.least} on"
+            yield Refusal(
+                f"all logits are {text(size)}; it is worth its calls from {self.least} on",
+                f"least={size // 1024}KiB",
+            )
         if site.labels.meta["val"].dtype.is_floating_point:
             yield "the targets are probabilities, not labels"
         else:

@@ -21,9 +21,10 @@ import torch
 
 from fxaccel.ir import Program
 from fxaccel.kernels import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fxaccel.passes._advice import not_last
 from fxaccel.passes._norm_look_alikes import TARGETS, look_alike
 from fxaccel.pattern import Pattern
-from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
+from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusal, Refusals, Rule, Rules, register
 
 
 class Norm(Rule):
@@ -85,23 +86,28 @@ def _layer(op: Ops, x: Any, w: Any, b: Any, dims: Any, eps: Any, wide: Any, low:
     )
 
 
-def _refuse(m: Match, x: torch.Tensor) -> Refusals:
-    """What RMSNorm and LayerNorm have in common."""
+def _refuse(m: Match, x: torch.Tensor, unsupported: Refusals) -> Refusals:
+    """What RMSNorm and LayerNorm have in common, then what a kernel says of the last dimension."""
     if list(m.dims) != [x.shape[-1]]:
-        yield f"it normalises over {list(m.dims)}; the kernel takes the last dimension, {x.shape[-1]}"
+        yield not_last(m.dims, x.shape[-1])
+        return
     if m.eps is None:
-        yield "eps is left to the dtype; the kernel needs a number"
+        yield Refusal("eps is left to the dtype; the kernel needs a number", "a number as eps")
     made, kept = m.root.meta["val"].dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
     if made != x.dtype:
-        yield f"the result is {made}, the input is {x.dtype}"
+        yield Refusal(f"the result is {made}, the input is {x.dtype}", f"a result in {x.dtype}")
     if m.wide not in (None, kept):
-        yield f"the statistics are {m.wide}, those of the kernel {kept}"
+        yield Refusal(f"the statistics are {m.wide}, those of the kernel {kept}", f"statistics in {kept}")
+    yield from unsupported
 
 
-def _refuse_rms(m: Match, x: torch.Tensor) -> Refusals:
-    yield from _refuse(m, x)
+def _refuse_rms(m: Match, x: torch.Tensor, unsupported: Refusals) -> Refusals:
+    yield from _refuse(m, x, unsupported)
     if m.chose("offset") and not isinstance(m.offset, (int, float)):
-        yield "the weight is shifted by a tensor; the kernel takes a number"
+        yield Refusal(
+            "the weight is shifted by a tensor; the kernel takes a number",
+            "a number, or a parameter that holds the sum",
+        )
 
 
 def _rest(m: Match) -> tuple[Any, ...]:
@@ -126,8 +132,7 @@ class AddRMSNorm(Norm):
         if why := list(_no_tensors(x, r)):
             yield from why
             return
-        yield from _refuse_rms(m, x)
-        yield from add_rms_norm.unsupported(x, r, w, b=b)
+        yield from _refuse_rms(m, x, add_rms_norm.unsupported(x, r, w, b=b))
 
     def rewrite(self, op: Ops, m: Match):
         return op.fxaccel.add_rms_norm.default(m.x, m.r, m.w, m.eps, *_rest(m))
@@ -145,8 +150,7 @@ class AddLayerNorm(Norm):
         if why := list(_no_tensors(x, r)):
             yield from why
             return
-        yield from _refuse(m, x)
-        yield from add_layer_norm.unsupported(x, r, w, b)
+        yield from _refuse(m, x, add_layer_norm.unsupported(x, r, w, b))
 
     def rewrite(self, op: Ops, m: Match):
         return op.fxaccel.add_layer_norm.default(m.x, m.r, m.w, m.b, m.eps)
@@ -160,8 +164,7 @@ class RMSNorm(Norm):
 
     def refuse(self, m: Match) -> Refusals:
         x, w, b = m.val("x", "w", "b")
-        yield from _refuse_rms(m, x)
-        yield from rms_norm.unsupported(x, w, b=b)
+        yield from _refuse_rms(m, x, rms_norm.unsupported(x, w, b=b))
 
     def rewrite(self, op: Ops, m: Match):
         return op.fxaccel.rms_norm.default(m.x, m.w, m.eps, *_rest(m))
@@ -175,8 +178,7 @@ class LayerNorm(Norm):
 
     def refuse(self, m: Match) -> Refusals:
         x, w, b = m.val("x", "w", "b")
-        yield from _refuse(m, x)
-        yield from layer_norm.unsupported(x, w, b)
+        yield from _refuse(m, x, layer_norm.unsupported(x, w, b))
 
     def rewrite(self, op: Ops, m: Match):
         return op.fxaccel.layer_norm.default(m.x, m.w, m.b, m.eps)

@@ -26,9 +26,10 @@ from torch import fx
 
 from fxaccel.ir import Program, is_call
 from fxaccel.kernels import kernel
+from fxaccel.passes._advice import not_last
 from fxaccel.passes._gated import activation, unequal, written
 from fxaccel.pattern import Pattern
-from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
+from fxaccel.rule import ANY, Finder, Match, Miss, Ops, Refusal, Refusals, Rule, Rules, register
 
 
 class Rounded(Rule):
@@ -84,10 +85,13 @@ class NormQuantize(Rounded):
     def refuse(self, m: Match) -> Refusals:
         x, r, w, b = m.val("x", "r", "w", "b")
         if m.chose("plain_rms"):
-            yield "it is PyTorch's rms_norm, which rounds at other steps than ours; fuse-norm makes it ours"
+            yield Refusal(
+                "it is PyTorch's rms_norm, which rounds at other steps than ours", "fuse-norm before"
+            )
             return
         if m.dims is not None and list(m.dims) != [x.shape[-1]]:
-            yield f"it normalises over {list(m.dims)}; the kernel takes the last dimension, {x.shape[-1]}"
+            yield not_last(m.dims, x.shape[-1])
+            return
         eps, centred, offset, round_first = _how(m)
         unsupported = kernel("norm_quantize").unsupported
         yield from unsupported(x, r, w, b, eps, centred, offset, round_first, m.dtype)

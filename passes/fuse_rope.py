@@ -22,7 +22,7 @@ from torch import fx
 from fxaccel.ir import Program, arguments, expr, is_call, value_of
 from fxaccel.kernels import rope
 from fxaccel.pattern import Pattern
-from fxaccel.rule import Finder, Match, Miss, Ops, Refusals, Rule, Rules, register
+from fxaccel.rule import Finder, Match, Miss, Ops, Refusal, Refusals, Rule, Rules, register
 
 NEAR = 4  # operators of a rotation that have to be there before what differs is told as a near miss
 
@@ -91,18 +91,21 @@ class Rotation(Rule):
     def refuse(self, m: Match) -> Refusals:
         x, made = m.val("x"), m.root.meta["val"]
         if m.dim not in (None, x.ndim - 1) or m.last not in (None, x.ndim):
-            yield f"it turns along dimension {m.dim} of {x.ndim}; the kernel along the last"
+            yield Refusal(
+                f"it turns along dimension {m.dim} of {x.ndim}; the kernel along the last",
+                "the columns to turn as the last dimension",
+            )
             return
         columns = m.cut[0] if m.chose("some") else m.cut if m.chose("even") else x.shape[-1]
         yield from _uneven(m, x, columns)
         if made.dtype != x.dtype:
-            yield f"the result is {made.dtype}, the input {x.dtype}"
+            yield Refusal(f"the result is {made.dtype}, the input {x.dtype}", f"a result in {x.dtype}")
         elif list(map(expr, made.shape)) != list(map(expr, x.shape)):
             yield f"the result is {list(made.shape)}, the input {list(x.shape)}"
         cos, sin = m.val("cos", "sin") if m.angles is None else (m.val("angles").real, m.val("angles").imag)
         yield from rope.unsupported(x, cos, sin, _shared(m))
         if m.angles is not None and x.device.type == "cpu":
-            yield "on the CPU a product of complex numbers takes one pass already"
+            yield Refusal("on the CPU a product of complex numbers takes one pass already", "a GPU")
 
     def rewrite(self, op: Ops, m: Match):
         cos, sin = m.cos, m.sin

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxaccel.effects import UNWRITTEN
 from fxaccel.ir import Program, Replacement, is_call, without_defaults
 from fxaccel.passes._zero_mean import (
     LAYER_NORM,
@@ -39,7 +40,7 @@ from fxaccel.passes._zero_mean import (
     scaled,
     unfit,
 )  # fmt: skip
-from fxaccel.rule import Ops, Pass, register
+from fxaccel.rule import Ops, Pass, Refusal, joined, register
 
 aten = torch.ops.aten
 
@@ -82,7 +83,7 @@ class LayerNormToRMSNorm(Pass):
     def plan(self, program: Program) -> Conversion:
         """Find the streams."""
         norms = [n for n in program.graph.nodes if is_call(n, LAYER_NORM) and self.covers(n)]
-        why = {n: "; ".join(unfit(n, self.even_if_slower)) for n in norms}
+        why = {n: joined(unfit(n, self.even_if_slower)) for n in norms}
         refused = [(n, w) for n, w in why.items() if w]
         streams, left = self.streams(program, [n for n in norms if not why[n]], tables=False)
         if not program.grad:  # tables are centred once
@@ -105,7 +106,8 @@ class LayerNormToRMSNorm(Pass):
         """Why a stream stays as it is, "" for no reason."""
         for (node, _), how in stream.sources.items():
             if how in (WRITTEN, TWICE):
-                return f"%{node.name} of its stream {how}"
+                why = f"%{node.name} of its stream {how}"
+                return Refusal(why, UNWRITTEN) if how == WRITTEN else why
         own = stream.own()
         if len(own) <= self.own and len(own) < len(stream.norms):
             return ""
@@ -114,7 +116,8 @@ class LayerNormToRMSNorm(Pass):
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         limit = f"more than own={self.own}" if len(own) > self.own else "which costs what its norms save"
         values = f"{len(own)} values" if len(own) > 1 else "a value"
-        return f"{values} of its stream would be centred at each call, {limit}: {told}{more}"
+        why = f"{values} of its stream would be centred at each call, {limit}: {told}{more}"
+        return Refusal(why, f"own={len(own)}") if len(own) < len(stream.norms) else why
 
     def apply(self, program: Program, plan: Conversion, driver: Any) -> None:
         """Centre the sources, and exchange the norms."""

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxaccel.effects import storage_owner, written
+from fxaccel.effects import UNWRITTEN, storage_owner, written
 from fxaccel.ir import Program, Replacement, arguments, fake_mode, is_call, source, target_name
+from fxaccel.passes._advice import EVEN_IF_SLOWER, OWN
 from fxaccel.passes._linear_sites import parameter
-from fxaccel.rule import Ops, Pass, register
+from fxaccel.rule import Ops, Pass, Refusal, joined, register
 
 aten = torch.ops.aten
 
@@ -112,7 +113,7 @@ class MergeLinears(Pass):
         self, program: Program, linears: Sequence[fx.Node]
     ) -> tuple[list[Group], list[tuple[fx.Node, str]]]:
         """The groups among the linears of one value, and the others with the reason."""
-        why = {n: "; ".join(self.refuse(program, n)) for n in linears}
+        why = {n: joined(self.refuse(program, n)) for n in linears}
         refused = [(n, w) for n, w in why.items() if w]
         alike = defaultdict[Any, list[fx.Node]](list)
         for node in linears:
@@ -133,22 +134,25 @@ class MergeLinears(Pass):
         """Why a linear is not merged with any."""
         weight, flipped = parameter(program, linear.args[1])
         if weight is None or weight.meta["val"].dim() != 2:
-            yield "its weight is not a matrix among the parameters of the model"
+            yield Refusal(
+                "its weight is not a matrix among the parameters of the model", "a matrix that is one of them"
+            )
             return
         name, bias = program.state[weight.name].name, arguments(linear)["bias"]
         for names in program.ties:
             if name in names:
-                yield f"its weight is one tensor under the names {', '.join(names)}"
+                yield Refusal(f"its weight is one tensor under the names {', '.join(names)}", OWN)
         uses = [u for p in weight.users if flipped for u in p.users] or list(weight.users)
         for user in {*weight.users, *uses} - {linear, linear.args[1]}:
             by = "the output" if user.op == "output" else f"{target_name(user.target)} at {source(user)}"
-            yield f"its weight is also read by {by}"
+            yield Refusal(f"its weight is also read by {by}", OWN)
         if bias is not None and bias.name not in program.state:
-            yield f"its bias %{bias.name} is computed"
+            yield Refusal(f"its bias %{bias.name} is computed", "a parameter as its bias")
         writers = program.facts(written)
         for node in (*linear.all_input_nodes, linear):
             if node in writers:
-                yield f"%{node.name} is written in place by {target_name(writers[node].target)}"
+                by = target_name(writers[node].target)
+                yield Refusal(f"%{node.name} is written in place by {by}", UNWRITTEN)
         yield from self.slower(program, weight)
 
     def slower(self, program: Program, weight: fx.Node) -> Iterator[str]:
@@ -156,14 +160,13 @@ class MergeLinears(Pass):
         if self.even_if_slower:
             return
         if weight.meta["val"].device.type == "cpu":
-            yield (
-                "on the CPU one product takes as long as those that it is made of, and splitting it more; "
-                "even_if_slower=true merges all the same"
+            yield Refusal(
+                "on the CPU one product takes as long as those that it is made of, and splitting it more",
+                EVEN_IF_SLOWER,
             )
         if program.grad and not self.fold:
-            yield (
-                "where gradients flow, its weight would be laid below the others at each call; fold=true "
-                "puts one parameter in the place of theirs"
+            yield Refusal(
+                "where gradients flow, its weight would be laid below the others at each call", "fold=true"
             )
 
     def kind(self, program: Program, linear: fx.Node) -> dict[str, str]:

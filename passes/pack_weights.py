@@ -12,6 +12,7 @@ Source     torch's own `freezing`, `torch/_inductor/fx_passes/mkldnn_fusion.py`.
 """
 
 from fxaccel.kernels import kernel
+from fxaccel.passes._advice import autocast
 from fxaccel.passes._packed import changes, crowds
 from fxaccel.rule import Match, Ops, Refusals, Rule, register
 
@@ -37,7 +38,7 @@ class PackWeights(Rule):
         made = m.root.meta["val"].dtype
         yield from changes(m)
         if made != x.dtype:
-            yield f"the result is {made}: autocast rounds what is multiplied"
+            yield autocast(made, "multiplied")
         if why := list(kernel("packed_linear").unsupported(x, w, b)):
             yield from why
             return

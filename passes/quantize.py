@@ -40,7 +40,7 @@ from fxaccel.passes.quantized.fake import FakeQuantizedMatrix, Trained
 from fxaccel.passes.quantized.matrix import INPUTS, METHODS, QuantizedMatrix
 from fxaccel.progress import tracked
 from fxaccel.quality import Budget
-from fxaccel.rule import register
+from fxaccel.rule import Refusal, register
 
 FORMATS = ("int8", "int4", "nf4", "float8")
 ROUNDED = {"quantize_rows", "quantize_tensor", "fake_quantize_rows"}
@@ -174,7 +174,8 @@ class Quantize(LinearReplacement):
     ) -> tuple[list[LinearSite], list[tuple[fx.Node, str]]]:
         found, refused = super().open_sites(program, adopted)
         kept = [s for s in found if not self.formats(s) and s.name not in adopted]
-        refused += [(s.readers[0], "the policy has no format for it") for s in kept]
+        why = Refusal("the policy has no format for it", "a format for it in policy")
+        refused += [(s.readers[0], why) for s in kept]
         return [s for s in found if s not in kept], refused
 
     def chosen(self, fits: Fits, found: list[LinearSite], refused: list[tuple[fx.Node, str]]) -> Plan:

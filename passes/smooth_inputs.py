@@ -29,13 +29,15 @@ from torch import Tensor, fx
 from fxaccel.calibration import Calibration, Moments
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, Replacement, arguments, is_call, source, target_name
+from fxaccel.passes._advice import OWN
 from fxaccel.passes._linear_sites import LINEAR, parameter
 from fxaccel.passes.quantized import Grid, awq, smooth, smoothest
 from fxaccel.progress import tracked
-from fxaccel.rule import Ops, Pass, register
+from fxaccel.rule import Ops, Pass, Refusal, register
 
 aten = torch.ops.aten
 METHODS = ("smoothquant", "awq")
+NO_FACTORS = "no factors lessen the error on rows of its inputs"
 ROWS = 32  # of each calibration call, by which a strength is chosen
 NORMS = {"layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"}
 PRODUCTS = {aten.mul.Tensor}
@@ -187,7 +189,7 @@ class SmoothInputs(Pass):
             held = [tensors[w.name].detach() for w in one.weights]
             factors = self.factors(seen, held)
             if factors is None:
-                refused = (*refused, (one.linears[0], "no factors lessen the error on rows of its inputs"))
+                refused = (*refused, (one.linears[0], Refusal(NO_FACTORS, "strength=0.5")))
             else:
                 chosen.append((one, factors.to(held[0])))
         return Plan(tuple(chosen), refused)
@@ -259,12 +261,14 @@ def _group(program: Program, value: fx.Node, insert: bool) -> Group | str:
     for linear in linears:
         weight, transposed = parameter(program, arguments(linear)["weight"])
         if weight is None or transposed or not _own(program, weight):
-            return "a weight that reads its input is computed, tied or read elsewhere"
+            return Refusal("a weight that reads its input is computed, tied or read elsewhere", OWN)
         weights.append(weight)
     found = _divided(program, value, linears)
     if not isinstance(found, str):
         return Group(value, found[0], found[1], tuple(weights), linears, found[2])
-    return Group(value, (), (), tuple(weights), linears, 0.0, found) if insert else found
+    if insert:
+        return Group(value, (), (), tuple(weights), linears, 0.0, found)
+    return Refusal(found, "insert=true")
 
 
 def _divided(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fxaccel.rule import Match, Ops, Refusals, Rule, register
+from fxaccel.rule import Match, Ops, Refusal, Refusals, Rule, register
 
 
 @register
@@ -42,11 +42,11 @@ class SplitAttention(Rule):
         if q.device.type != "cpu":
             yield f"on {q.device.type} its kernels save no probabilities"
         if m.grouped:
-            yield "grouped heads are repeated inside of it"
+            yield Refusal("grouped heads are repeated inside of it", "keys and values repeated before it")
         if q.dtype not in (torch.float32, torch.float64):
-            yield f"inside of it {q.dtype} is computed in float32"
+            yield Refusal(f"inside of it {q.dtype} is computed in float32", "q, k and v in torch.float32")
         if m.scale is None and not isinstance(q.shape[-1], int):
-            yield "the scale is left to a head size that is not a number"
+            yield Refusal("the scale is left to a head size that is not a number", "a number as scale")
         elif m.scale is not None and m.scale <= 0:
             yield f"the scale is {m.scale}, whose root it takes"
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from fxaccel.errors import OptionError
 from fxaccel.passes._activations import NAMES, activation, spelled, whole, written
 from fxaccel.quality import Budget
-from fxaccel.rule import Match, Ops, Refusals, Rule, register
+from fxaccel.rule import Match, Ops, Refusal, Refusals, Rule, register
 
 
 @register
@@ -60,9 +60,9 @@ class SwapActivation(Rule):
     def refuse(self, m: Match) -> Refusals:
         val = m.val("x")
         if name := whole(m.program, m.root):
-            yield f"it is a part of {name}"
+            yield Refusal(f"it is a part of {name}", f"old={name}")
         if not val.dtype.is_floating_point:
-            yield f"it is of {val.dtype}"
+            yield Refusal(f"it is of {val.dtype}", "a real floating dtype")
 
     def rewrite(self, op: Ops, m: Match):
         return spelled(op, self.new, m.x)

@@ -25,7 +25,7 @@ from torch import fx
 from fxaccel.canonical.values import same_strides
 from fxaccel.ir import Program, arguments, call, is_call
 from fxaccel.layout import layouts, settle
-from fxaccel.rule import Pass, register
+from fxaccel.rule import Pass, Refusal, joined, register
 
 aten = torch.ops.aten
 FORMATS = {
@@ -61,7 +61,7 @@ class UseChannelsLast(Pass):
         """Every convolution that has such a layout."""
         found = [n for n in program.graph.nodes if is_call(n, *FORMATS, *OTHERS) and self.covers(n)]
         trained = [n for n in program.graph.nodes if is_call(n, aten.batch_norm.default) and n.args[5]]
-        why = {n: "; ".join(_refuse(n, trained)) for n in found}
+        why = {n: joined(_refuse(n, trained)) for n in found}
         refused = tuple((n, reason) for n, reason in why.items() if reason)
         return Plan(tuple(n for n in found if not why[n]), refused)
 
@@ -92,13 +92,16 @@ def _refuse(node: fx.Node, trained: Sequence[fx.Node]) -> Iterator[str]:
     """Why a convolution stays, in a graph with such batch norms of the batch's own statistics."""
     x = arguments(node)["input"].meta["val"]
     if trained and x.device.type == "cpu":
-        yield (
+        yield Refusal(
             f"%{trained[0].name} takes statistics of the batch, "
-            "which torch sums less exactly on the CPU where channels are last"
+            "which torch sums less exactly on the CPU where channels are last",
+            "model.eval()",
         )
     if node.target in OTHERS:
         yield "convolutions of one dimension and transposed ones take what they are given"
     elif x.dim() != arguments(node)["weight"].meta["val"].dim():
-        yield f"its input has {x.dim()} dimensions, without a batch there is no such layout"
+        yield Refusal(
+            f"its input has {x.dim()} dimensions, without a batch there is no such layout", "a batch of one"
+        )
     if x.dtype not in DTYPES:
-        yield f"dtype {x.dtype} is not one of {', '.join(map(str, DTYPES))}"
+        yield Refusal(f"dtype {x.dtype} is not one of {', '.join(map(str, DTYPES))}", "one of them")

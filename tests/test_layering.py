@@ -42,12 +42,16 @@ def test_imports_point_downwards(path):
 
 
 def refusals(path):
-    """The longest fixed part of every sentence that a `refuse` of this file can yield."""
+    """The longest fixed part of every sentence that a `refuse` of this file can yield, as it is or as a
+    Refusal."""
     for function in ast.walk(ast.parse(path.read_text())):
         if isinstance(function, ast.FunctionDef) and "refuse" in function.name:
             for node in ast.walk(function):
-                if isinstance(node, ast.Yield) and isinstance(node.value, (ast.Constant, ast.JoinedStr)):
-                    parts = getattr(node.value, "values", [node.value])
+                said = node.value if isinstance(node, ast.Yield) else None
+                if isinstance(said, ast.Call) and getattr(said.func, "id", "") == "Refusal":
+                    said = said.args[0]
+                if isinstance(said, (ast.Constant, ast.JoinedStr)):
+                    parts = getattr(said, "values", [said])
                     yield max((p.value for p in parts if isinstance(p, ast.Constant)), key=len)
 
 

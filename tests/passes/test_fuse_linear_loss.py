@@ -259,7 +259,7 @@ def returned(m, x, y):
 
 
 DECLINED = {
-    "returned": (returned, "logits are also a result, so they are made whole; hint: return the loss alone"),
+    "returned": (returned, "logits are also a result, so they are made whole"),
     "score": (read_by_a_score, "the logits are also read by aten.argmax"),
     "no linear": (lambda m, x, y: loss_of(x, y % D), "the logits are %x, not the results of a linear"),
     "masked": (

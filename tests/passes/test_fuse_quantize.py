@@ -278,7 +278,7 @@ DECLINED = [
     ),
     (
         plain(lambda s, x, r: F.rms_norm(x, [WIDTH], s.w, 1e-5)),
-        "it is PyTorch's rms_norm, which rounds at other steps than ours; fuse-norm makes it ours",
+        "it is PyTorch's rms_norm, which rounds at other steps than ours",
     ),
     (
         plain(lambda s, x, r: F.layer_norm(x, [3, WIDTH])),

@@ -163,7 +163,7 @@ def test_a_budget_on_the_loss():
         old, new = [sum(float(f(*c)) for c in given[3::4]) for f in (model, fast)]
     assert new <= 1.01 * old
     assert all(n.startswith("net.") for n in whys(record))  # the head is known behind the loss
-    assert "ask with also='heads'" in whys(record)["net.head"]
+    assert whys(record)["net.head"] == "it is one of the heads"
 
 
 def test_a_size_is_reached_with_the_least_change():
@@ -223,7 +223,9 @@ def test_attention_outputs_are_replaced_on_request(written_out, passes):
     one = {"structure": "low-rank", "budget": 9.0, "passes": passes}
     record = replaced(model, **one)[1]
     assert {s.path for s in record.applied} == {"qkv", "mlp"}
-    assert whys(record) == {"out": "it is one of the attention-outputs; ask with also='attention-outputs'"}
+    assert whys(record) == {"out": "it is one of the attention-outputs"}
+    (site,) = record.refused
+    assert site.change == "also=attention-outputs"
     assert len(replaced(model, also="attention-outputs", **one)[1].applied) == 3
 
 
@@ -262,7 +264,7 @@ def test_embeddings_are_replaced_on_request_by_low_rank_factors():
     record = replaced(model, structure="monarch", **one)[1]
     assert whys(record)["table"].startswith("none of the forms that were asked for can be looked up")
     record = replaced(model, **{**one, "also": ""}, structure="low-rank")[1]
-    assert whys(record) == {"table": "it is one of the embeddings; ask with also='embeddings'"}
+    assert whys(record) == {"table": "it is one of the embeddings"}
 
 
 def test_a_table_that_is_also_the_head_is_replaced_once_and_stays_one_in_the_state_dict(tmp_path):
@@ -319,7 +321,8 @@ def test_what_cannot_be_replaced_is_told_with_the_reason():
         "its weight is computed, not a parameter of the model",
     ]
     record = replaced(Words(tied=True).eval(), calibration=IDS, structure="low-rank", budget=9.0)[1]
-    assert whys(record)["table"] == "it is one of the heads and embeddings; ask with also='heads|embeddings'"
+    assert whys(record)["table"] == "it is one of the heads and embeddings"
+    assert record.refused[0].change == "also=heads|embeddings"
     tiny = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).eval()
     record = replaced(tiny, calibration=[(torch.randn(3, 2),)], structure="monarch", share=0.1)[1]
     assert whys(record)["0"] == "a weight of 2 x 2 has no such form of fewer parameters"
