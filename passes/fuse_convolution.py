@@ -112,6 +112,7 @@ class FuseConvolution(Rule):
 
     def rewrite(self, op: Ops, m: Match):
         (act, numbers), window = _act(m), _how(m)
+        assert window is not None
         how = (list(v) for v in (window.stride, window.padding, window.dilation))
         return op.fxaccel.packed_convolution.default(
             m.x, m.w, m.b, m.other, *how, m.groups, act, list(map(float, numbers))
