@@ -130,7 +130,11 @@ def thinned(keep, **values):
         marks = [m for c in chosen for m in getattr(c, "marks", ())]
         plain = [c.values[0] if hasattr(c, "marks") else c for c in chosen]
         cases.append(pytest.param(*plain, marks=[*marks, *[pytest.mark.slow] * (sum(places) % keep > 0)]))
-    return pytest.mark.parametrize(list(values), cases, ids=lambda v: getattr(v, "__name__", str(v)))
+    return pytest.mark.parametrize(list(values), cases, ids=_id)
+
+
+def _id(value):
+    return getattr(value, "__name__", None) or getattr(value, "name", None) or str(value)
 
 
 def rule(name, pattern, rewrite, **attributes):

@@ -27,7 +27,12 @@ def form(idiom: Idiom) -> str:
 
 
 def cases(kind: str):
-    return [pytest.param(i, f, id=f"{i.name}-{n}") for i in IDIOMS for n, f in enumerate(getattr(i, kind))]
+    """Every other one of an idiom; the rest is slow."""
+    return [
+        pytest.param(i, f, id=f"{i.name}-{n}", marks=[pytest.mark.slow] * (n % 2))
+        for i in IDIOMS
+        for n, f in enumerate(getattr(i, kind))
+    ]
 
 
 @pytest.mark.parametrize(("idiom", "function"), cases("same"))

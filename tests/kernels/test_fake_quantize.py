@@ -314,8 +314,9 @@ def test_strides_and_empty_weights(grid):
 CHECKED = [*((grid, torch.float16) for grid in GRIDS), *((Grid("int4", 8, True), d) for d in ALL)]
 
 
-@pytest.mark.parametrize(("grid", "dtype"), dict.fromkeys(CHECKED), ids=str)
-def test_opcheck(grid, dtype):
+@thinned(3, checked=list(dict.fromkeys(CHECKED)))
+def test_opcheck(checked):
+    grid, dtype = checked
     w, given = drawn(6, 20, dtype=dtype), stored(grid, 20)
     wide = D if dtype == D else torch.float32
     scale, zero = (None if t is None else t.to(wide) for t in scales(grid, w))

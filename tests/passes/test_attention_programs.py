@@ -8,6 +8,7 @@ from torch import nn
 
 import fxaccel
 from fxaccel.ir import arguments
+from tests.helpers import thinned
 from tests.passes.attention_look_alikes import LOOK_ALIKES
 from tests.passes.attention_programs import PROGRAMS, B, S
 
@@ -67,7 +68,7 @@ def assert_as_near_to_fp64(model, fast, inputs):
         assert found <= allowed, f"{name}: {found:.3g}, eager loses {lost:.3g}"
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+@thinned(2, program=PROGRAMS)
 def test_a_spelling_of_attention_becomes_one_kernel_with_its_mask_named(program):
     model, inputs = program.model(), program.arguments()
     fast = accelerated(model, *inputs)

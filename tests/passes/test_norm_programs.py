@@ -4,6 +4,7 @@ import pytest
 
 import fxaccel
 from fxaccel.listing import listing
+from tests.helpers import thinned
 from tests.passes.norm_look_alikes import LOOK_ALIKES
 from tests.passes.norm_programs import PROGRAMS, B, Model, S, inputs
 from tests.passes.test_attention_programs import assert_as_near_to_fp64
@@ -20,7 +21,7 @@ def calls(fast):
     return [line for line in lines if line]
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
+@thinned(2, program=PROGRAMS)
 def test_a_spelling_of_a_norm_becomes_one_kernel(program):
     model, given = Model(program.function, program.dtype, program.weights), inputs(program.dtype)
     fast = accelerated(model, given, expect={"fuse-norm": 1})

@@ -138,7 +138,7 @@ def test_nothing_is_timed_and_nothing_refused_for_its_time(monkeypatch):
         assert len(fast.report()["quantize"].applied) == 4
 
 
-@thinned(3, form=FORMS, train=KINDS)
+@thinned(6, form=FORMS, train=KINDS)
 def test_everything_is_trained(form, train):
     format, inputs = form
     x = drawn(3, 40, WIDTH)

@@ -103,7 +103,7 @@ def test_a_member_is_recovered_and_its_projection_stays(m):
     assert m.error(w, found) <= rounding(m)
 
 
-@thinned(3, m=[m for m in MEMBERS if m.columns < 64])
+@thinned(6, m=[m for m in MEMBERS if m.columns < 64])
 def test_a_member_is_recovered_with_a_gram(m):
     """As far as the gram sees: its directions span 2 powers of ten, the damping's more."""
     w, g = m.dense(EAGER, *draw(m)), gram(m)
@@ -289,7 +289,7 @@ def test_a_sweep_that_rises_is_not_taken(last):
 # more steps, and edges
 
 
-@thinned(2, m=SMALL, weighted=[False, True])
+@thinned(4, m=SMALL, weighted=[False, True])
 def test_steps_never_make_it_worse_and_are_reported(m, weighted):
     w, g, found = problem(m, weighted)
     seen = []
@@ -306,7 +306,7 @@ def test_steps_help_where_the_projection_stopped_early():
     assert m.error(w, m.fit(w, steps=20)) < m.error(w, m.fit(w)) * (1 - 1e-5)
 
 
-@thinned(2, m=SMALL)
+@thinned(4, m=SMALL)
 def test_a_gram_helps_and_one_of_low_rank_is_taken(m):
     w, g, found = problem(m, True)
     plain, few = problem(m, False)[2], gram(m, rank=3)
@@ -356,7 +356,7 @@ def test_zero_is_fitted_by_zero(m):
     assert m.error(w, found) == 0
 
 
-@thinned(2, m=SMALL, weighted=[False, True])
+@thinned(4, m=SMALL, weighted=[False, True])
 def test_it_is_deterministic_and_leaves_its_inputs_alone(m, weighted):
     w, g, one = problem(m, weighted)
     kept = w.clone(), None if g is None else g.clone()
@@ -371,7 +371,7 @@ def test_it_is_deterministic_and_leaves_its_inputs_alone(m, weighted):
     assert not any(f.requires_grad or f.is_inference() for f in (*one, *two))
 
 
-@thinned(3, m=SMALL, dtype=[torch.float32, torch.bfloat16, torch.float16])
+@thinned(6, m=SMALL, dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_factors_have_the_dtype_of_the_weight_and_its_rounding(m, dtype):
     w = weight(m, dtype=D).to(dtype).requires_grad_()
     found, wide = m.fit(w, steps=2), m.fit(w.double(), steps=2)
