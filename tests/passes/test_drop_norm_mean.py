@@ -129,13 +129,23 @@ class Declined(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("norm", "slower", "sentence"),
+    ("norm", "slower", "sentence", "change"),
     [
-        (nn.LayerNorm([6, 8]), True, "it normalises over 2 dimensions; an RMSNorm is over one"),
-        (nn.LayerNorm(8), False, "on the CPU a LayerNorm is one fused kernel and the faster of the two; "),
+        (
+            nn.LayerNorm([6, 8]),
+            True,
+            "it normalises over 2 dimensions; an RMSNorm is over one",
+            "a norm over the last dimension alone",
+        ),
+        (
+            nn.LayerNorm(8),
+            False,
+            "on the CPU a LayerNorm is one fused kernel and the faster of the two",
+            "even_if_slower=true",
+        ),
     ],
 )
-def test_it_declines_with_the_reason(norm, slower, sentence):
+def test_it_declines_with_the_reason(norm, slower, sentence, change):
     asked = DropNormMean(even_if_slower=slower, budget=2.0)
     with pytest.warns(UserWarning, match="applied nowhere"):
         fast = fxaccel.accelerate(
@@ -143,3 +153,4 @@ def test_it_declines_with_the_reason(norm, slower, sentence):
         )
     (site,) = fast.report()["drop-norm-mean"].refused
     assert sentence in site.why
+    assert site.change == change
