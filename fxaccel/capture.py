@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.traceback import annotate, preserve_node_meta
@@ -43,6 +44,7 @@ class _Result:
     def __init__(self) -> None:
         self.spec: Structure
         self.assigned: list[str] = []
+        self.fake: FakeTensorMode | None = None
 
 
 class _Untraceable(Exception):
@@ -85,7 +87,7 @@ class _FlatCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self.call.unflatten(tensors)
-        fake = detect_fake_mode(tensors)
+        fake = self.result.fake = detect_fake_mode(tensors)
         with contextlib.ExitStack() as stack:
             if fake is not None:  # few calls of symbolic sizes are alike: its cache takes a fifth of export
                 stack.callback(setattr, fake, "cache_enabled", fake.cache_enabled)
@@ -220,6 +222,7 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
     with contextlib.ExitStack() as stack:
         stack.enter_context(held_back())
         stack.enter_context(_quiet())
+        stack.callback(_release, wrapper.result)
         stack.enter_context(preserve_node_meta())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
@@ -227,6 +230,13 @@ def _export(wrapper: _FlatCall, example: Call, dynamic: bool) -> ExportedProgram
             stack.enter_context(torch.autocast(region.args[0], enabled=False))
         dynamic_shapes = (tuple(shapes),) if shapes else None
         return torch.export.export(wrapper, tensors, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def _release(result: _Result) -> None:
+    """Let go of the fake inputs: their sizes, held in C++, hold them, a cycle that is never collected."""
+    if result.fake is not None and result.fake.shape_env is not None:
+        result.fake.shape_env.tracked_fakes = None
+    result.fake = None
 
 
 def _symbolic(example: Call) -> list[list[int]]:

@@ -33,7 +33,7 @@ from fxaccel.report import CaptureReport, PassReport, Report
 from fxaccel.rule import Pass
 from fxaccel.stopwatch import Stopwatch
 from fxaccel.structure import Structure, children, deliver
-from fxaccel.tree import random_kept, sources_dropped
+from fxaccel.tree import leavings_dropped, random_kept
 
 _capturing = threading.RLock()  # torch traces one model at a time; what is captured is called without it
 
@@ -273,7 +273,7 @@ class Session:
     @_disable_dynamo
     def capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:
         """Capture this call, run the passes, check the result, and keep it."""
-        with _capturing, sources_dropped():
+        with _capturing, leavings_dropped():
             return self._capture(module, args, kwargs)
 
     def _capture(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture | Pieces:

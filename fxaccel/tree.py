@@ -14,6 +14,7 @@ import numpy
 import torch
 import torch.fx.graph_module
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxaccel.errors import CaptureError
@@ -96,10 +97,11 @@ def random_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sources_dropped() -> Iterator[None]:
-    """Afterwards torch no longer holds the sources of the graph modules made within, for tracebacks alone.
+def leavings_dropped() -> Iterator[None]:
+    """Afterwards torch no longer holds for good what it kept of the graphs that were traced within.
 
-    It would hold them for good, several for each graph that it traces.
+    It keeps their sources, several for each graph and for tracebacks alone, and the environments of their
+    sizes, as keys of caches of which some have no bound.
     """
     kept = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
     before = set(kept)
@@ -109,6 +111,9 @@ def sources_dropped() -> Iterator[None]:
         for name in set(kept) - before:
             kept.pop(name, None)
             linecache.cache.pop(name, None)
+        for method in vars(ShapeEnv).values():
+            if callable(clear := getattr(method, "cache_clear", None)):
+                clear()
 
 
 @contextlib.contextmanager
