@@ -126,20 +126,25 @@ class Proof:
 
 @dataclass(frozen=True)
 class Claim:
-    """That two fragments compute the same, to a numerics class; `note` says at which fixed size."""
+    """That two fragments compute the same, to a numerics class.
+
+    note     at which fixed size, where it is not the site's
+    whole    the same at the site's size there, which no file keeps
+    """
 
     rule: str
     before: Fragment
     after: Fragment
     numerics: str
     note: str = ""
+    whole: Claim | None = None
 
     def smaller(self, size: int | None) -> Claim:
         """The same of a smaller size in the place of a large one, None for none that could be any other."""
         if size is None or size <= STAND_IN:
             return self
         before, after = (part.resized(size, STAND_IN) for part in (self.before, self.after))
-        return Claim(self.rule, before, after, self.numerics, f", {STAND_IN} for {size}")
+        return Claim(self.rule, before, after, self.numerics, f", {STAND_IN} for {size}", self)
 
 
 @dataclass

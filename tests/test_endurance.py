@@ -1,6 +1,5 @@
 """Many captures and calls leave nothing behind; threads, several models, fork, spawn, Ctrl-C."""
 
-import contextlib
 import copy
 import gc
 import linecache
@@ -79,25 +78,13 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextlib.contextmanager
-def unlogged():
-    """Without pytest's collecting of what torch logs, which is held for the whole test."""
-    root = logging.getLogger()
-    handlers, root.handlers = root.handlers, []
-    try:
-        yield
-    finally:
-        root.handlers = handlers
-
-
 def nothing_grows(step, warm, times, bytes_each):
     """After so many steps to warm up, as many as `times` add nothing but at most `bytes_each` of memory."""
-    with unlogged():
-        for i in range(warm):
-            step(i)
-        before, memory = held(), resident()
-        for i in range(warm, warm + times):
-            step(i)
+    for i in range(warm):
+        step(i)
+    before, memory = held(), resident()
+    for i in range(warm, warm + times):
+        step(i)
     after, more = held(), resident() - memory
     grown = {k: (before[k], after[k]) for k in before if after[k] > before[k] and k != "temporary files"}
     assert not grown

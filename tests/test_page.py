@@ -99,6 +99,26 @@ def test_every_site_is_there_with_line_reason_and_proof(report, parsed):
     assert f"bytes read and written, computed {sized(2 * nbytes + 128)}" in text
 
 
+def test_a_site_proved_at_a_smaller_size_costs_what_it_does_at_its_own(tmp_path):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(8, 1024, bias=False)
+
+        def forward(self, x, labels):
+            return torch.nn.functional.cross_entropy(self.head(x), labels)
+
+    given = torch.randn(6, 8), torch.randint(1024, (6,))
+    fast = fxaccel.accelerate(Head(), ["fuse-linear-loss{least=1KiB}"], example_inputs=given, check=False)
+    text = Parsed(fast.report().html()).words()
+    assert "509 for 1024" in text
+    assert f"FLOPs, computed {counted(2 * 6 * 8 * 1024)} " in text
+    fast.save(tmp_path / "head.fxa")
+    text = Parsed(fxaccel.load(tmp_path / "head.fxa").report().html()).words()
+    assert "509 for 1024" in text  # of the site's own size a file says nothing
+    assert "FLOPs, computed" not in text
+
+
 def test_gradients_are_shown_where_they_flow_alone():
     with torch.no_grad():
         text = Parsed(pages.fast(1, check=False).report().html()).words()

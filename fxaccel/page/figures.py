@@ -41,9 +41,9 @@ class Figures:
 
 
 def sides(claim: Claim, hints: dict[str, int]) -> tuple[Figures, Figures] | None:
-    """Before and after; None where a claim does not say, or was proved at another size than the site's."""
+    """Before and after; None where a claim does not say."""
     if claim.note:
-        return None
+        return None if claim.whole is None else sides(claim.whole, hints)
     before, after = Figures.of(claim.before, hints), Figures.of(claim.after, hints)
     return None if before is None or after is None else (before, after)
 
