@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,6 +76,23 @@ class Driver:
         change = why.change if isinstance(why, Refusal) else ""
         return Site(path(node), source(node), str(why), rule or self.one.name, node.name, proof, change)
 
+    def slower(self, before: Program) -> bool:
+        """Whether the graph takes too long with all sites of a pass that is timed `together`.
+
+        They are then on record as refused.
+        """
+        if self.stopwatch is None or not self.one.together or not self.record.applied:
+            return False
+        times = self.stopwatch.whole(before, self.program, self.one.at_most)
+        if times is None or not times.slower(self.one.at_most):
+            return False
+        sites = self.record.applied
+        many = f" with all {len(sites)}" if len(sites) > 1 else ""
+        why = _slower(self.one, f"the graph {times}{many}")
+        self.record.refused += [replace(s, why=str(why), change=why.change, proof="") for s in sites]
+        self.record.applied = []
+        return True
+
     def call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the graph's insertion point with the provenance of `like`."""
         return call(self.program.graph, like, target, args, kwargs, by=self.one.name)
@@ -140,13 +158,16 @@ class Driver:
             sites.sort(key=lambda s: position.get(s.node, len(position)))
 
 
+def _slower(one: Pass, why: str) -> Refusal:
+    return Refusal(why, f"name {one.name} among `passes` to have it all the same")
+
+
 class _Local:
     """One run of local rules over a graph."""
 
     def __init__(self, driver: Driver, rules: Sequence[Rule]) -> None:
         self.driver, self.program = driver, driver.program
         self.searches = [(rule, rule.traced()) for rule in rules]
-        # Computed once: sites that touch written storage are refused, so new nodes never do.
         self.writers = self.program.facts(written)
         self.seen: set[tuple[str, fx.Node]] = set()  # sites whose refusal or miss is on record
         self.given_up: set[tuple[str, fx.Node]] = set()  # sites that take longer than before
@@ -222,9 +243,10 @@ class _Local:
                 "the site lies partly inside a no_grad, autocast or checkpoint region",
                 "begin the region before the site, or after it",
             )
-        for node in m.nodes | m.also | _reads(m):
-            if node in self.writers:
-                writer = self.writers[node]
+        inside = m.nodes | m.also
+        for node in inside | _reads(m):
+            writer = self.writers.get(node)
+            if writer is not None and not all(writer < n for n in inside & {node, *node.users}):
                 name = target_name(writer.target)
                 yield Refusal(
                     f"%{node.name} is written in place by {name} at {source(writer)}",
@@ -277,15 +299,16 @@ class _Local:
         self, rule: Rule, m: Match, made: list[fx.Node], outputs: Sequence[fx.Node], claim: Claim
     ) -> Times | None:
         """What a site takes before and after; what others read too, a mask say, is there in both."""
-        if self.driver.stopwatch is None:
+        if self.driver.stopwatch is None or self.driver.one.together:
             return None
-        own = set(m.nodes)
-        for node in sorted(m.also, reverse=True):
+        own, common = set(m.nodes), _in_common(m, made)
+        for node in sorted(m.also - common, reverse=True):
             if own.issuperset(node.users):
                 own.add(node)
-        in_common = not own.issuperset(m.also)
-        if in_common:
+        beside = not own.issuperset(m.also)
+        if beside:
             claim = self.driver.claim(claim.rule, own, made, m.outputs, outputs)
+        in_common = beside or bool(common)
         return self.driver.stopwatch.times(self.program, claim, rule.at_most, in_common)
 
     def give_up(self, rule: Rule, root: fx.Node, made: list[fx.Node], why: str) -> None:
@@ -293,8 +316,7 @@ class _Local:
         for node in reversed(made):
             self.program.graph.erase_node(node)
         self.given_up.add((type(rule).__name__, root))
-        named = Refusal(f"it {why}", f"name {self.driver.one.name} among `passes` to have it all the same")
-        self.driver.refused(root, [named], type(rule).__name__)
+        self.driver.refused(root, [_slower(self.driver.one, f"it {why}")], type(rule).__name__)
 
     def swap(self, m: Match, outputs: Sequence[fx.Node], made: list[fx.Node]) -> None:
         """Put the new values in the place of the old ones, under the old names."""
@@ -330,6 +352,20 @@ def _reads(m: Match) -> set[fx.Node]:
     """Nodes outside of the match that it reads."""
     inside = m.nodes | m.also
     return {a for n in inside for a in n.all_input_nodes} - inside
+
+
+def _in_common(m: Match, made: Iterable[fx.Node]) -> set[fx.Node]:
+    """What the site reads that the same operator reads at another, a mask say, and what it makes of that."""
+    inside = {*m.nodes, *m.also, *made}
+    found = set[fx.Node]()
+    for node in _reads(m):
+        targets = {u.target for u in node.users if u in inside}
+        if any(u.target in targets for u in node.users if u not in inside):
+            found.add(node)
+    for node in sorted(m.also):
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _point(m: Match) -> fx.Node:

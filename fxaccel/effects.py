@@ -175,14 +175,19 @@ def _nodes(node: fx.Node, names: tuple[str, ...]) -> list[fx.Node]:
     return [n for name in names for n in pytree.tree_leaves(bound[name]) if isinstance(n, fx.Node)]
 
 
-@incremental(lambda program, writers, made: None)  # what touches written storage is not rewritten
+def _written_too(program: Program, writers: dict[fx.Node, fx.Node], made: Iterable[fx.Node]) -> None:
+    roots = program.facts(alias_roots)
+    writers |= {n: writers[roots[n]] for n in made if roots[n] in writers}  # rewrites write to nothing
+
+
+@incremental(_written_too)
 def written(program: Program) -> dict[fx.Node, fx.Node]:
-    """Node -> the in-place call that writes to its storage, for every node so affected (an analysis)."""
+    """Node -> the last in-place call that writes to its storage, for every node so affected (an analysis)."""
     roots = program.facts(alias_roots)
     writers: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         for target in mutated_arguments(node):
-            writers.setdefault(roots[target], node)
+            writers[roots[target]] = node
     return {n: writers[r] for n, r in roots.items() if r in writers}
 
 

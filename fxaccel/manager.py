@@ -111,8 +111,9 @@ def run(
     """Run `passes` (already ordered) over a canonical program.
 
     What passes that are not exact change is measured on the program's calibration, if it has one. With a
-    `stopwatch`, sites of local rules that are slower than before are refused. `only` has the `site_key` of
-    sites, and names of passes that are no local rules: all others are left as they are.
+    `stopwatch`, sites of local rules that are slower than before are refused, or all of a pass `together`.
+    `only` has the `site_key` of sites, and names of passes that are no local rules: all others are left as
+    they are.
     """
     result = Run(program, CaptureReport(mode(program.training, program.grad)))
     program.guards += assumed(program)
@@ -124,8 +125,9 @@ def run(
         if why:
             record.error = why
         else:
-            driver = Driver(result.program.copy(), one, record, result.manifest, stopwatch, only)
-            result.program = _transaction(driver, result.program, strict)
+            driver = Driver(result.program.copy(), one, record, result.manifest.copy(), stopwatch, only)
+            if _transaction(driver, result.program, strict):
+                result.program, result.manifest = driver.program, driver.manifest
             _absorb(one, result.program)
         record.seconds = time.perf_counter() - started
     result.report.notes += result.program.notes
@@ -161,7 +163,8 @@ def is_exact(one: Pass) -> bool:
     return one.numerics in EXACT
 
 
-def _transaction(driver: Driver, program: Program, strict: bool) -> Program:
+def _transaction(driver: Driver, program: Program, strict: bool) -> bool:
+    """Whether what the pass made of the driver's copy of the program is to be kept."""
     work, one, record = driver.program, driver.one, driver.record
     before = layouts(work)  # a copy may name its nodes otherwise
     try:
@@ -180,6 +183,7 @@ def _transaction(driver: Driver, program: Program, strict: bool) -> Program:
         _check(program, work, one)
         if record.applied and not is_exact(one):
             _measure(driver, program)
+        return not driver.slower(program)
     except Exception as error:
         if strict:
             raise
@@ -188,8 +192,7 @@ def _transaction(driver: Driver, program: Program, strict: bool) -> Program:
         record.error = (
             error.message if isinstance(error, FxaccelError) else f"{type(error).__name__}: {error}"
         )
-        return program
-    return work
+        return False
 
 
 def _measure(driver: Driver, before: Program) -> None:

@@ -155,6 +155,9 @@ class Manifest:
     proofs: dict[str, Proof] = field(default_factory=dict)
     sites: dict[str, int] = field(default_factory=dict)
 
+    def copy(self) -> Manifest:
+        return Manifest(dict(self.claims), dict(self.proofs), dict(self.sites))
+
     def again(self, program: Program) -> list[Proof]:
         """Every proof, run anew."""
         return [_Trial(program, key, claim).prove() for key, claim in self.claims.items()]
@@ -267,8 +270,11 @@ class _Trial:
         drops = self.before.drops(), self.after.drops()
         if drops[0] != drops[1]:
             return self.verdict(False, f"it drops with probabilities {drops[1]}, the original {drops[0]}")
+        chosen, names = self.sizes(), self.names()
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            for i, sizes in enumerate(self.sizes()):
+            for i, sizes in enumerate([*chosen, self.hints(names)]):
+                if i == len(chosen) and (compared or not names):
+                    break  # the example's sizes are for an original that takes no others
                 for permuted in (False, True):
                     generator = torch.Generator().manual_seed(seed + i)
                     values = [_value(n, sizes, generator, permuted) for n in self.before.inputs]
@@ -289,9 +295,15 @@ class _Trial:
 
     # -- inputs -----------------------------------------------------------------------------------
 
+    def names(self) -> list[str]:
+        return sorted({str(s) for n in self.before.inputs for s in _symbols(n.meta["val"])})
+
+    def hints(self, names: list[str]) -> dict[str, int]:
+        return {name: self.program.hints.get(name, 2) for name in names}
+
     def sizes(self) -> list[dict[str, int]]:
         """Assignments of the symbols: small, unequal and odd; then small and even."""
-        names = sorted({str(s) for n in self.before.inputs for s in _symbols(n.meta["val"])})
+        names = self.names()
         return [self.assigned(names, _ODD), self.assigned(names, _EVEN)] if names else [{}]
 
     def assigned(self, names: list[str], wanted: tuple[int, ...]) -> dict[str, int]:
@@ -300,7 +312,7 @@ class _Trial:
         Where the guards want more than that (batch * length of one input equals that of another), sizes of
         one dimension that were equal in the example are chosen together.
         """
-        hints = {name: self.program.hints.get(name, 2) for name in names}
+        hints = self.hints(names)
         for together in (False, True):
             groups: dict[Any, list[str]] = {}
             for name in names:

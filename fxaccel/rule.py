@@ -74,6 +74,8 @@ class Pass:
     requires     properties of the graph it needs; produces, invalidates: those it makes and breaks
     conflicts    names of passes that cannot run in the same pipeline
     default      whether `accelerate(model)` runs it without being asked
+    at_most      times as long as the original a site may take where it is timed: more than 1 for memory saved
+    together     whether the whole graph is timed and not each site: for what one site leaves to the next
     where        option of every pass: glob of module paths it is limited to, several joined by "|"
     """
 
@@ -86,6 +88,8 @@ class Pass:
     invalidates: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     default: ClassVar[bool] = False
+    at_most: ClassVar[float] = 1.0
+    together: ClassVar[bool] = False
 
     where: str = "*"
 
@@ -168,11 +172,9 @@ class Rule(Rules):
     """A local rewrite: `pattern` becomes `rewrite` unless `refuse` yields a sentence.
 
     redraws      whether it may take random operators in, and draw other numbers of the same distribution
-    at_most      times as long as the original a site may take where it is timed: more than 1 for memory saved
     """
 
     redraws: ClassVar[bool] = False
-    at_most: ClassVar[float] = 1.0
 
     def apply(self, program: Program, plan: Any, driver: Any) -> None:
         """Rewrite every site of this rule."""

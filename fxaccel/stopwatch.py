@@ -19,11 +19,12 @@ from torch import Tensor, fx
 from fxaccel.derived import standing
 from fxaccel.emit import Emitter, Tables
 from fxaccel.ir import Program, Slot, is_tensor
-from fxaccel.proof import Claim, Fragment, key, materialise
+from fxaccel.proof import Claim, Fragment, fragment, key, materialise
 
 MARGIN = 1.03  # times as long, which a clock cannot tell from as long
 ENOUGH = (15.0, 400.0)  # ms that the runs of a site take together; of one that looks slower then
 MOST = 7  # rounds
+WARM = 6  # calls of a whole graph after which what kernels prepare, for weights that come often, is there
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ class Stopwatch:
 
     known: dict[str, Times] = field(default_factory=dict)
 
-    def times(self, program: Program, claim: Claim, at_most: float, in_common: bool = False) -> Times | None:
+    def times(
+        self, program: Program, claim: Claim, at_most: float, in_common: bool = False, warm: int = 0
+    ) -> Times | None:
         """What both sides of a claim take; None on a device that is not here.
 
         at_most      times the old that the new may take: near it, it is measured for longer
         in_common    whether what a kernel prepares serves other sites, too: it is made once, untimed
+        warm         calls of each ahead of those that are timed
         """
         values = (n.meta["val"] for n in claim.before.inputs)
         device = next((v.device for v in values if is_tensor(v)), torch.device("cpu"))
@@ -65,11 +69,26 @@ class Stopwatch:
             return None
         name = key(program, claim)
         if name not in self.known:
-            self.known[name] = _timed(program, claim, device, at_most, in_common)
+            self.known[name] = _timed(program, claim, device, at_most, in_common, warm)
         return self.known[name]
 
+    def whole(self, before: Program, after: Program, at_most: float) -> Times | None:
+        """What two graphs of the same inputs and parameters take, each as a whole."""
+        claim = Claim("", _all(before), _all(after), "reassociated")
+        return self.times(before, claim, at_most, warm=WARM)
 
-def _timed(program: Program, claim: Claim, device: torch.device, at_most: float, in_common: bool) -> Times:
+
+def _all(program: Program) -> Fragment:
+    """The graph as a function of its inputs and its state."""
+    nodes = list(program.graph.nodes)
+    calls = [n for n in nodes if n.op == "call_function"]
+    outputs = [o for o in program.graph.output_node().args[0] if isinstance(o, fx.Node)]
+    return fragment(program, calls, [n for n in nodes if n.op == "placeholder"], outputs)
+
+
+def _timed(
+    program: Program, claim: Claim, device: torch.device, at_most: float, in_common: bool, warm: int
+) -> Times:
     clock: Any = importlib.import_module("fxaccel.kernels._clock")  # kernels choose their way by it, too
     generator = torch.Generator().manual_seed(0)
     with (
@@ -79,6 +98,8 @@ def _timed(program: Program, claim: Claim, device: torch.device, at_most: float,
     ):
         values = [_value(n, program, generator, device) for n in claim.before.inputs]
         runs = [_run(program, part, values, in_common) for part in (claim.before, claim.after)]
+        for run in runs * warm:
+            run()
         found = Times(*clock.by_turns(runs, device, 1))
         for enough in ENOUGH:
             rounds = min(MOST, int(enough / (found.old + found.new)))

@@ -384,9 +384,21 @@ def direct(
     if lost:
         return op(q, k, v, tables, mask, bias, scale, softcap, sinks, dropout, empty)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and not causal and q.shape[2] == 1:
+        return _one_query(q, k, v, shared, scale)
     out = F.scaled_dot_product_attention(q, k, v, shared, 0.0, causal, scale=scale, enable_gqa=grouped)
     joined = out.transpose(1, 2)  # the heads; torch's kernels lie so, what it computes in parts does not
     return out if joined.is_contiguous() else joined.contiguous().transpose(1, 2)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> Tensor:
+    """Several heads of one query to a key: several queries of one head, where torch would copy the key."""
+    b, h, _, d = q.shape
+    if added is not None and added.shape[1] != 1:
+        added = added.expand(b, h, 1, k.shape[2]).reshape(b, k.shape[1], -1, k.shape[2])
+    rows = q.reshape(b, k.shape[1], -1, d)
+    out = F.scaled_dot_product_attention(rows, k, v, added, scale=scale)
+    return out.reshape(b, 1, h, -1).transpose(1, 2)
 
 
 shared = _operator.Shared(

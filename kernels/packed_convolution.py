@@ -2,15 +2,15 @@
 
 Shapes     x: [N, C, *spatial] of 1 to 3 spatial dimensions; w: [K, C / groups, *sizes]; b: [K] or None;
            other: like y, or None.  Returns y: [N, K, *spatial], channels last in memory.
-Numerics   those of torch's convolution and of `act`, in another order. oneDNN's relu
-           makes 0 of NaN, its hardtanh the lower bound and its hardsigmoid 1, where torch's keep NaN.
-Cost       that of the convolution: what is added and `act` are done on its sums before they are stored. A
+Numerics   those of torch's convolution and of `act`, in another order.
+Cost       that of the convolution: what is added or `act` is done on its sums before they are stored; `act`
+           of what was added to, and the three of which oneDNN makes numbers of NaN, in place after it. A
            plain convolution lays w out at each call, up to twice as long as the product with few places.
            oneDNN takes 40 us a call to begin; where a window is one place, a linear over the channels and
            `act` in place are tried beside it at the first call, and the faster of both stays (`Kept`).
-Limits     float32, and bfloat16 and float16 where the processor has them. With an addition oneDNN does relu
-           alone. What is laid out is for the sizes of the first call, and serves others. Under deterministic
-           algorithms, on a GPU, and where a derivative or a mode watches, these are torch's operators.
+Limits     float32, and bfloat16 and float16 where the processor has them. What is laid out is for the sizes
+           of the first call, and serves others. Under deterministic algorithms, on a GPU, and where a
+           derivative or a mode watches, these are torch's operators.
 Source     torch's own `freezing`, `torch/_inductor/fx_passes/mkldnn_fusion.py`; oneDNN, "Post-ops".
 """
 
@@ -35,7 +35,10 @@ GAIN = 1.1  # times as fast as oneDNN that a linear must be: in a model, other w
 
 
 class Act(NamedTuple):
-    """An activation: oneDNN's names for it and its algorithm, the function of y and its numbers, in place."""
+    """An activation: oneDNN's names for it and its algorithm, the function of y and its numbers, in place.
+
+    It has no name where oneDNN makes a number of NaN.
+    """
 
     name: str
     algorithm: str
@@ -45,22 +48,20 @@ class Act(NamedTuple):
 
 ACTS = {
     "none": Act("none", "", lambda y: y, lambda y: y),
-    "relu": Act("relu", "", F.relu, torch.relu_),
-    "hardtanh": Act("hardtanh", "", F.hardtanh, _nn.hardtanh_),
+    "relu": Act("", "", F.relu, torch.relu_),
+    "hardtanh": Act("", "", F.hardtanh, _nn.hardtanh_),
     "leaky_relu": Act("leaky_relu", "", F.leaky_relu, _nn.leaky_relu_),
     "sigmoid": Act("sigmoid", "", torch.sigmoid, torch.sigmoid_),
     "tanh": Act("tanh", "", torch.tanh, torch.tanh_),
     "silu": Act("swish", "", F.silu, _nn.silu_),
     "hardswish": Act("hardswish", "", F.hardswish, _nn.hardswish_),
-    "hardsigmoid": Act("hardsigmoid", "", F.hardsigmoid, _nn.hardsigmoid_),
+    "hardsigmoid": Act("", "", F.hardsigmoid, _nn.hardsigmoid_),
     "gelu": Act("gelu", "none", F.gelu, _nn.gelu_),
     "gelu_tanh": Act(
         "gelu", "tanh", partial(F.gelu, approximate="tanh"), partial(_nn.gelu_, approximate="tanh")
     ),
 }
-"""By the names that calls give: what oneDNN does to a convolution's sums before it stores them."""
-
-ADDED = ("none", "relu")  # what oneDNN does where something is added, too
+"""By the names that calls give."""
 
 
 def channels_last(y: Tensor) -> Tensor:
@@ -87,9 +88,7 @@ def reference(
     return channels_last(ACTS[act].function(y, *numbers))
 
 
-def unsupported(
-    x: Tensor, w: Tensor, b: Tensor | None, other: Tensor | None, act: str = "none"
-) -> Iterator[str]:
+def unsupported(x: Tensor, w: Tensor, b: Tensor | None, other: Tensor | None) -> Iterator[str]:
     """Why nothing would be laid out for these arguments. Reads devices, ranks, dtypes and static sizes."""
     if not torch.backends.mkldnn.is_available():
         yield "this torch was built without oneDNN, which lays weights out"
@@ -104,8 +103,6 @@ def unsupported(
         yield f"x has {x.ndim} dimensions and w {w.ndim}; the kernel takes 3 to 5 of each, the first a batch"
     elif other is not None and (x.ndim != other.ndim or _operator.differ(other.shape[1], w.shape[0])):
         yield f"what is added is {list(other.shape)}; the kernel does not broadcast"
-    if other is not None and act not in ADDED:
-        yield f"oneDNN adds before {' and '.join(ADDED)}, not before {act}"
 
 
 def served() -> list[torch.dtype]:
@@ -224,10 +221,13 @@ def convolved(
 ) -> Tensor:
     """oneDNN's convolution with a weight that it laid out; it reads b without looking at strides."""
     b = b if b is None else b.contiguous()
-    if other is None:
+    if other is None and act.name:
         return plain(x, w, b, *how, act.name, numbers, act.algorithm)
-    unary = None if act.name == "none" else act.name
-    return added(x, other, w, b, *how, "add", 1.0, unary, numbers, act.algorithm)
+    if other is None:
+        y = plain(x, w, b, *how, "none", (), "")
+    else:
+        y = added(x, other, w, b, *how, "add", 1.0, None, (), "")
+    return act.in_place(y, *numbers)
 
 
 def over_channels(

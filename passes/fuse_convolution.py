@@ -7,8 +7,8 @@ Fires on   inference alone: convolutions on the CPU whose weight is a parameter,
 Saves      the transfers of what is added and of the activation, the part of a convolution that lays its
            weight out, and changes of layout: from one such call to the next, values stay channels last.
            A weight takes its memory twice from the first call on, until it changes.
-Exact      agrees with the original within its own rounding: oneDNN may sum in another order. Where the sums
-           are not numbers, its relu and hardtanh give bounds. Outputs are laid out as they were.
+Exact      agrees with the original within its own rounding: oneDNN may sum in another order. Outputs are
+           laid out as they were.
 Source     torch's own `freezing`, `torch/_inductor/fx_passes/mkldnn_fusion.py`; oneDNN, "Post-ops".
 """
 
@@ -81,6 +81,9 @@ class FuseConvolution(Rule):
     name = "fuse-convolution"
     step = "lower"
     serves = ("inference",)
+    default = True
+    together = True  # for values stay channels last from one to the next
+    at_most = 0.95  # for the memory that weights take twice
 
     mebibytes: float = 1024
 
@@ -90,14 +93,14 @@ class FuseConvolution(Rule):
         return _activation(op, y, low, high, slope)
 
     def refuse(self, m: Match) -> Refusals:
-        made, (act, numbers) = m.root.meta["val"], _act(m)
+        made, (_, numbers) = m.root.meta["val"], _act(m)
         yield from changes(m)
         if made.dtype != m.val("x").dtype:
             yield autocast(made.dtype, "convolved")
         if m.chose("added") and not isinstance(m.other, fx.Node):
             yield f"what is added is the number {m.other}"
             return
-        if why := list(kernel("packed_convolution").unsupported(*m.val("x", "w", "b", "other"), act)):
+        if why := list(kernel("packed_convolution").unsupported(*m.val("x", "w", "b", "other"))):
             yield from why
             return
         if m.chose("added") and list(map(expr, m.val("other").shape)) != list(map(expr, made.shape)):

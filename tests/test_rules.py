@@ -197,6 +197,26 @@ def test_values_that_are_written_in_place_are_refused():
     assert "is written in place by aten.mul_" in report.refused[0].why
 
 
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_what_was_written_before_all_of_the_site_is_as_any_other_value(when):
+    """A cache that a step writes to, and reads from then on."""
+
+    def cached(a):
+        rows = a[:2]
+        if when == "before":
+            rows.mul_(2)
+        s = rows.sin()
+        if when == "between":
+            rows.mul_(2)
+        e = s.exp()
+        if when == "after":
+            rows.mul_(2)
+        return e
+
+    report, _ = applied(exp_of_sin, cached, rewrite=exp_of_sin_again)
+    assert len(report.applied) == (when == "before")
+
+
 def test_random_operators_are_refused():
     def pattern(self, op, x):
         return op.aten.exp.default(op.aten.dropout.default(x, 0.5, True))

@@ -687,6 +687,21 @@ def test_same_as_sdpa():
     assert torch.equal(kernel.op(q, k, v, [], "k <= q", "", SCALE), theirs)
 
 
+@pytest.mark.parametrize("mask", ["", "k <= q", "t0[b, 0, 0, k]", "t1[b, h, q, k]"])
+@pytest.mark.parametrize("sizes", [(4, 2), (6, 2), (3, 3)])
+def test_one_query_of_several_heads_to_a_key(mask, sizes):
+    """Keys are not copied to heads, whose masks may differ."""
+    heads, groups = sizes
+    q, k, v, _ = tensors(2, heads, groups, 1, 20, 8, 6)
+    masks = [torch.rand(2, h, 1, 20) > 0.5 for h in (1, heads)]
+    tables = [t.index_fill(-1, torch.tensor(3), True) for t in masks]
+    given = q, k, v, tables, mask, "", SCALE
+    small = kernel.shared.made(q, k, tables, mask, "") if mask[:1] == "t" else None
+    got = kernel.direct(*given, shared=small)
+    torch.testing.assert_close(got, kernel.reference(*given))
+    assert got.stride() == kernel.op(*given).stride()
+
+
 @pytest.mark.parametrize("mask", ["", "k <= q", "abs(q - k) <= 5"])
 def test_direct_is_the_operator(mask):
     q, k, v, _ = tensors(2, 4, 2, 16, 20, 8, 8)
