@@ -14,7 +14,7 @@ from torch import nn
 import fxaccel
 from fxaccel import discover, manager
 from fxaccel.errors import OptionError
-from tests.helpers import session
+from tests.helpers import session, thinned
 from tests.passes.checkpoint_models import loss_of, made
 
 QUICK = ("gpt2", "bert", "llama", "t5", "unet")  # timm's are in the slow runs alone
@@ -127,7 +127,7 @@ def test_attention_whose_bias_is_learned_is_computed_again_on_the_way_it_was_com
     together("t5", "train", ["fuse-attention", "checkpoint{budget=0.7}"])
 
 
-@pytest.mark.parametrize("number", range(5))
+@thinned(2, number=range(5))
 def test_a_few_combinations(number):
     check(number, QUICK)
 

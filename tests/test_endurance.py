@@ -104,7 +104,7 @@ def test_captures_that_are_dropped_leave_nothing(many):
     def step(i):
         close(fast(x, gain=1.0 + i), model(x, gain=1.0 + i))
 
-    nothing_grows(step, 100 if many else 4, 1000 if many else 15, 2**12)
+    nothing_grows(step, 100 if many else 3, 1000 if many else 8, 2**12)
     assert captures(fast) == 2
 
 
@@ -116,7 +116,7 @@ def test_models_that_are_dropped_leave_nothing(many):
     def step(i):
         close(fxaccel.accelerate(model)(x), model(x))
 
-    nothing_grows(step, 100 if many else 4, 1000 if many else 15, 2**12)
+    nothing_grows(step, 100 if many else 3, 1000 if many else 8, 2**12)
 
 
 @linux
@@ -133,7 +133,7 @@ def test_calls_leave_nothing(many):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        nothing_grows(step, 500, 10_000 if many else 1000, 0)
+        nothing_grows(step, 200, 10_000 if many else 500, 0)
     assert captures(fast) == 2
 
 

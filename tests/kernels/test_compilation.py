@@ -103,7 +103,7 @@ def rows_backward(target, dtype, columns, centred, biased, fp32=FP32_POINTERS):
 
 
 @thinned(
-    2, target=TARGETS, dtype=["bf16", "fp32"], columns=[64, 1024, 4096, 8192, 16384, 65536],
+    4, target=TARGETS, dtype=["bf16", "fp32"], columns=[64, 1024, 4096, 8192, 16384, 65536],
     kernel=[rows_forward, rows_backward],
 )  # fmt: skip
 def test_rows(target, dtype, columns, kernel):

@@ -22,7 +22,7 @@ from fxaccel.passes._convolution_forms import (
 )
 from fxaccel.passes._convolutions import Window
 from fxaccel.passes._linear_form import EAGER
-from tests.helpers import agree, captures, session, targets, train_step
+from tests.helpers import agree, captures, session, targets, thinned, train_step
 
 WINDOWS = {
     "plain": Window((3, 3), (1, 1), (1, 1), (1, 1)),
@@ -116,7 +116,7 @@ def test_fits_are_the_optimum(window):
         assert form.error(weight, form.plain(weight)) == pytest.approx(math.sqrt(best / size), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@thinned(3, seed=range(3))
 def test_a_tucker_fit_is_never_worse_than_gradient_descent(seed):
     """Nor than the truncated decompositions that it starts from. Both end in optima of a neighbourhood."""
     torch.manual_seed(seed)

@@ -161,7 +161,7 @@ class Site(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:pass")  # fuse-norm, where there is none
 @thinned(
-    3, number=range(len(SPELLINGS)), to=[torch.int8, torch.float8_e4m3fn],
+    6, number=range(len(SPELLINGS)), to=[torch.int8, torch.float8_e4m3fn],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
 )  # fmt: skip
 def test_every_spelling_becomes_one_kernel_of_the_same_values(number, to, dtype):

@@ -21,7 +21,7 @@ def calls(fast):
     return [line for line in lines if line]
 
 
-@thinned(2, program=PROGRAMS)
+@thinned(3, program=PROGRAMS)
 def test_a_spelling_of_a_norm_becomes_one_kernel(program):
     model, given = Model(program.function, program.dtype, program.weights), inputs(program.dtype)
     fast = accelerated(model, given, expect={"fuse-norm": 1})
@@ -43,7 +43,7 @@ def test_the_zoo_is_as_large_as_promised():
 
 
 @pytest.mark.filterwarnings("ignore:pass")
-@pytest.mark.parametrize("name", LOOK_ALIKES)
+@thinned(2, name=LOOK_ALIKES)
 def test_a_look_alike_keeps_its_meaning_and_its_reason_is_told(name):
     function, why, dtype, weights = LOOK_ALIKES[name]
     model = Model(function, dtype, weights)

@@ -12,7 +12,7 @@ from fxaccel.memory import Meter
 from fxaccel.passes import Checkpoint, Partition
 from fxaccel.passes.checkpoint import TrainingStep
 from fxaccel.stage_module import stage_modules
-from tests.helpers import session
+from tests.helpers import session, thinned
 from tests.passes.partition_models import agree, cut, made, seen
 from tests.passes.test_checkpoint import Stack, X
 
@@ -30,7 +30,7 @@ def program_of(fast):
     return session(fast).all[0].program
 
 
-@pytest.mark.parametrize("name", SMALL)
+@thinned(2, name=SMALL)
 def test_a_step_in_stages_that_keep_less_is_the_step(name, tmp_path):
     model, args, stages = made(name)
     want = seen(cut(model, args, stages=stages), args)

@@ -12,7 +12,7 @@ import fxaccel
 from fxaccel.errors import OptionError
 from fxaccel.listing import listing
 from fxaccel.passes import Quantize, SmoothInputs
-from tests.helpers import session
+from tests.helpers import session, thinned
 
 WIDTH = 32
 
@@ -63,9 +63,7 @@ def whys(record):
 # -- it fires --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("passes", [(), ("fuse-norm",)])
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
-@pytest.mark.parametrize("method", ["smoothquant", "awq"])
+@thinned(2, norm=[nn.LayerNorm, nn.RMSNorm], method=["smoothquant", "awq"], passes=[(), ("fuse-norm",)])
 def test_factors_go_from_inputs_into_weights_and_nothing_changes(norm, method, passes, tmp_path):
     model, (x,) = Gated(norm).eval(), calls(1, seed=3)[0]
     fast, record = smoothed(model, method=method, group=16, passes=passes)
