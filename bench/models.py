@@ -22,7 +22,7 @@ from torch import nn
 import fxaccel
 from fxaccel.discover import available
 
-ROUNDS = 9
+ROUNDS = 25
 WORDS = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MORE = ["pack-weights"]
 

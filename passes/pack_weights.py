@@ -27,6 +27,8 @@ class PackWeights(Rule):
     name = "pack-weights"
     step = "lower"
     serves = ("inference",)
+    together = True  # other weights take a packed one's place in the cache: the more, the smaller the gain
+    at_most = 0.95  # for the memory that weights take twice
 
     mebibytes: float = 1024
 
