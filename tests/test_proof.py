@@ -145,6 +145,36 @@ def test_a_site_that_cannot_be_tried_is_not_believed():
     assert "no random input gave finite values to compare" in error(run)
 
 
+@torch.library.custom_op("fxaccel_tests::of_equal_length", mutates_args=())
+def of_equal_length(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.shape[0] != b.shape[0]:
+        raise RuntimeError(f"{a.shape[0]} and {b.shape[0]} rows")
+    return a * b.sum()
+
+
+@of_equal_length.register_fake
+def _(a, b):
+    return torch.empty_like(a)  # as that of torch's attention, it does not say what must be equal
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_what_takes_no_other_sizes_is_tried_at_those_of_the_example(factor):
+    def pattern(self, op, a, b):
+        return op.fxaccel_tests.of_equal_length.default(a, b)
+
+    def rewrite(self, op, m):
+        return op.aten.mul.Tensor(op.aten.mul.Tensor(m.a, op.aten.sum.default(m.b)), factor)
+
+    with torch.no_grad():
+        run = proved(pattern, rewrite, of_equal_length, torch.randn(7, 2), torch.randn(7, 3))
+    if factor == 1.0:
+        (proof,) = run.manifest.proofs.values()
+        assert [t.count("7") for t in proof.trials] == [2, 2]
+        assert len(run.report.passes[0].applied) == 1
+    else:
+        assert "differs" in error(run)
+
+
 def test_masks_and_indices_are_tried_with_both_values():
     def pattern(self, op, mask, x):
         return op.aten.where.ScalarOther(mask, x, 0.0)
