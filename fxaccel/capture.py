@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxaccel.effects import eliminate_dead
 from fxaccel.errors import CaptureError
+from fxaccel.fakes import worked_out_once
 from fxaccel.inline import INNER, MARK, Inliner, drop_mode_noise, is_user
 from fxaccel.interrupts import held_back
 from fxaccel.ir import Program, Region, Slot, assumed, expr, source, target_name
@@ -89,9 +90,8 @@ class _FlatCall(nn.Module):
         args, kwargs = self.call.unflatten(tensors)
         fake = self.result.fake = detect_fake_mode(tensors)
         with contextlib.ExitStack() as stack:
-            if fake is not None:  # few calls of symbolic sizes are alike: its cache takes a fifth of export
-                stack.callback(setattr, fake, "cache_enabled", fake.cache_enabled)
-                fake.cache_enabled = False
+            if fake is not None:
+                stack.enter_context(worked_out_once(fake))
             stack.enter_context(assignments(self.model, self.result.assigned))
             for region in self.autocast:
                 device, dtype, enabled, cache = region.args

@@ -1,5 +1,6 @@
 """What every test starts from: one thread, one seed, one roofline, no clock, `tests.zoo` to be imported."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from fxaccel import stopwatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 20, 20)  # a worker soon holds a million objects: looking through them adds up
 settings.register_profile("one seed", derandomize=True, deadline=None)
 settings.load_profile("one seed")
 

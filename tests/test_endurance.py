@@ -80,12 +80,17 @@ def resident():
 
 def nothing_grows(step, warm, times, bytes_each):
     """After so many steps to warm up, as many as `times` add nothing but at most `bytes_each` of memory."""
-    for i in range(warm):
-        step(i)
-    before, memory = held(), resident()
-    for i in range(warm, warm + times):
-        step(i)
-    after, more = held(), resident() - memory
+    gc.collect()
+    gc.freeze()  # what other tests have left is neither looked through nor counted
+    try:
+        for i in range(warm):
+            step(i)
+        before, memory = held(), resident()
+        for i in range(warm, warm + times):
+            step(i)
+        after, more = held(), resident() - memory
+    finally:
+        gc.unfreeze()
     grown = {k: (before[k], after[k]) for k in before if after[k] > before[k] and k != "temporary files"}
     assert not grown
     assert more <= 8 * 2**20 + times * bytes_each, f"{more / 2**20:.3g} MiB"

@@ -1,5 +1,6 @@
 """checkpoint: a training step fits its budget, with the very gradients that it had."""
 
+import functools
 import re
 
 import pytest
@@ -35,7 +36,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, layers=4, theirs=False):
+    def __init__(self, layers=3, theirs=False):
         super().__init__()
         torch.manual_seed(0)
         self.layers, self.head, self.theirs = (
@@ -56,6 +57,16 @@ X = torch.randn(B, S, W, generator=torch.Generator().manual_seed(1))
 def trained(model, passes, **options):
     fast = fxaccel.accelerate(model, passes, **{"check": False, **options})
     return fast.train()
+
+
+@functools.cache
+def plain_stack():
+    return trained(Stack(), [])
+
+
+@functools.cache
+def planned_stack():
+    return trained(Stack(), ["checkpoint{budget=0.4}"], check=True)
 
 
 def step(fast, batch):
@@ -123,7 +134,7 @@ def size(text):
 
 
 def test_a_share_is_one_of_the_activations_alone():
-    plain, fast = trained(Stack(), []), trained(Stack(), ["checkpoint{budget=0.4}"], check=True)
+    plain, fast = plain_stack(), planned_stack()
     for one in (plain, fast):
         step(one, {"x": X})
     equal(step(fast, {"x": X})[1], step(plain, {"x": X})[1])
@@ -174,7 +185,7 @@ def test_the_optimizers_state_counts():
 
 
 def test_checkpoints_of_the_model_are_planned_with_the_rest():
-    plain, fast = trained(Stack(), []), trained(Stack(theirs=True), ["checkpoint{budget=0.4}"])
+    plain, fast = plain_stack(), trained(Stack(theirs=True), ["checkpoint{budget=0.4}"])
     for one in (plain, fast):
         step(one, {"x": X})
     (peak, got), (need, want) = step(fast, {"x": X}), step(plain, {"x": X})
@@ -243,7 +254,7 @@ def test_what_calls_have_in_common_is_made_again_as_it_was(learned):
 
 
 def test_files_hold_the_schedule(tmp_path):
-    fast = trained(Stack(), ["checkpoint{budget=0.4}"])
+    fast = planned_stack()
     step(fast, {"x": X})
     want = step(fast, {"x": X})
     fast.save(tmp_path / "model.fxa")
@@ -254,7 +265,7 @@ def test_files_hold_the_schedule(tmp_path):
 
 
 def test_one_plan_serves_other_sizes():
-    plain, fast = trained(Stack(), []), trained(Stack(), ["checkpoint{budget=0.4}"])
+    plain, fast = plain_stack(), planned_stack()
     for one in (plain, fast):
         one(x=X)
     larger = torch.randn(2 * B, S + 7, W)
@@ -271,7 +282,7 @@ def test_a_budget_above_need_changes_nothing():
     fast = trained(Stack(), ["checkpoint{budget=1GiB}"])
     with pytest.warns(UserWarning, match="applied nowhere; .*everything is kept: the step takes"):
         fast(X)
-    plain = trained(Stack(), [])
+    plain = plain_stack()
     plain(X)
     assert session(fast).all[0].source.splitlines()[1:] == session(plain).all[0].source.splitlines()[1:]
     assert [s.why for s in fast.report()["checkpoint"].refused] == [plan_of(fast)]
@@ -299,14 +310,14 @@ def test_an_exact_plan_takes_the_least_time():
 
 
 def test_steps_too_long_for_an_exact_plan_are_refused():
-    fast = trained(Stack(8), [Checkpoint(budget=0.6, exact=True)], strict=True)
+    fast = trained(Stack(5), [Checkpoint(budget=0.6, exact=True)], strict=True)
     with pytest.raises(OptionError, match="exact plans are for steps of up to 60 calls, this one has"):
         fast(X)
 
 
 def test_a_part_of_a_larger_tensor_is_an_input_like_others():
     wide = torch.randn(B, S + 3, 2 * W)[:, :S, :W]
-    plain, fast = trained(Stack(), []), trained(Stack(), [Checkpoint(budget=0.6)], strict=True)
+    plain, fast = plain_stack(), trained(Stack(), [Checkpoint(budget=0.6)], strict=True)
     for one in (plain, fast):
         step(one, {"x": wide})
     (peak, want), (less, got) = step(plain, {"x": wide}), step(fast, {"x": wide})

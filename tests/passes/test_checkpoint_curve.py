@@ -28,7 +28,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, depth=8):
+    def __init__(self, depth=5):
         super().__init__()
         self.layers = nn.Sequential(*(Layer() for _ in range(depth)))
 
