@@ -149,7 +149,7 @@ def worked_out_once(mode: FakeTensorMode) -> Iterator[None]:
         yield
     finally:
         mode.cache_enabled = enabled
-        del mode.dispatch  # type: ignore[method-assign]
+        del mode.dispatch
 
 
 def signature(func: Any, args: Any, kwargs: Any) -> tuple[Key, list[FakeTensor]] | None:
