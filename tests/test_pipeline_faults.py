@@ -15,7 +15,7 @@ from fxaccel.errors import OptionError, StageError
 from tests.pipeline_runs import loss_of, made, saved
 
 SIZE, MICROBATCHES, BATCH = 3, 4, 8
-TIMEOUT = 2.0
+TIMEOUT = 1.0
 
 
 def broken(kind):

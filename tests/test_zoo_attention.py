@@ -30,7 +30,7 @@ TABLES = transformers_text.TABLES + transformers_perception.TABLES
 SPECS = {name: spec for _, specs, _ in TABLES for name, spec in specs.items()}
 ENTRIES = {e.name: e for e in transformers_zoo.entries()}
 DECODERS = [n for n, e in ENTRIES.items() if e.family in ("decoder", "moe", "recurrent") and n in table.SITES]
-QUICK = ("llama eager", "bloom eager", "bert sdpa")
+QUICK = ("llama eager", "bloom eager")
 PAIRS = [n for n, kinds in table.SITES.items() if kinds in (table.PAIRED, table.SPOKEN, table.RELATIVE)]
 # Decoders that have attention in some of their layers alone.
 MIXED = ("lfm2", "recurrent_gemma", "jamba", "zamba2")

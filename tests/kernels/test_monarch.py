@@ -96,7 +96,7 @@ def forward_and_backward(launch):
     return run
 
 
-@thinned(2, size=SIZES, rows=ROWS, dtype=DTYPES, biased=[True, False])
+@thinned(3, size=SIZES, rows=ROWS, dtype=DTYPES, biased=[True, False])
 def test_launch(size, rows, dtype, biased, device):
     args, dy, out = tensors(size, rows, dtype, device, biased)
     compare(forward_and_backward(_monarch.launch_save), size, args, dy, out, rows)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxaccel.kernels import _gemm, _quantized, _quantized_gemm
 from fxaccel.kernels import quantized_linear as kernel
+from tests.helpers import thinned
 
 FLOAT8 = torch.float8_e4m3fn
 KINDS = [torch.int8, FLOAT8]
@@ -103,11 +104,7 @@ def test_the_largest_sums(instructions, monkeypatch):
     assert (_quantized.integers(odd, odd) == 4096 * 127 * 127).all()  # of 4095 of them fp32 holds no sum
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("dtype", OUT, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("how", ways())
+@thinned(2, how=ways(), kind=KINDS, dtype=OUT, per_row=[True, False], biased=[True, False])
 def test_cpu_kernels(how, kind, dtype, per_row, biased):
     for k, n in SIZES:
         for rows in ROWS:
@@ -115,11 +112,9 @@ def test_cpu_kernels(how, kind, dtype, per_row, biased):
             compare(ways()[how](*args, dtype), args, dtype)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("dtype", OUT[:3], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(("k", "n"), SIZES[:5])
-def test_launch(k, n, kind, dtype, biased, device):
+@thinned(2, size=SIZES[:5], kind=KINDS, dtype=OUT[:3], biased=[True, False])
+def test_launch(size, kind, dtype, biased, device):
+    k, n = size
     for rows in ROWS:
         for per_row in (True, False):
             args = on(device, tensors(k, n, rows, kind, per_row, biased))

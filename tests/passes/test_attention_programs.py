@@ -68,7 +68,7 @@ def assert_as_near_to_fp64(model, fast, inputs):
         assert found <= allowed, f"{name}: {found:.3g}, eager loses {lost:.3g}"
 
 
-@thinned(4, program=PROGRAMS)
+@thinned(6, program=PROGRAMS)
 def test_a_spelling_of_attention_becomes_one_kernel_with_its_mask_named(program):
     model, inputs = program.model(), program.arguments()
     fast = accelerated(model, *inputs)

@@ -366,7 +366,7 @@ X = torch.randn(3, 5, 4)
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )  # fmt: skip
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_other_producers_and_what_may_lie_between(model, args, count, grad):
     model = model().double().eval()
     args = tuple(a.double() if a.is_floating_point() else a for a in args)

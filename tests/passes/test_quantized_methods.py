@@ -107,7 +107,9 @@ def test_gptq_is_better_on_correlated_inputs(grid):
         assert sum(ratio) / 3 < 0.9
 
 
-@pytest.mark.parametrize("scaler", [Grid.scales, clipped, half_quadratic])
+@pytest.mark.parametrize(
+    "scaler", [Grid.scales, *(pytest.param(s, marks=pytest.mark.slow) for s in (clipped, half_quadratic))]
+)
 @every
 @grids
 def test_gptq_of_independent_inputs_rounds_to_nearest(grid, weight, scaler):

@@ -14,7 +14,7 @@ from fxaccel.errors import CaptureError, OptionError
 from fxaccel.passes import ReplaceLinear, _linear_fits
 from fxaccel.passes.structured import EAGER, LowRank, Monarch
 from fxaccel.quality import Budget
-from tests.helpers import session, targets, train_step
+from tests.helpers import session, targets, thinned, train_step
 
 WIDTH = 32
 
@@ -67,8 +67,7 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", STRUCTURES)
-@pytest.mark.parametrize("aware", [False, True])
+@thinned(2, kind=STRUCTURES, aware=[False, True])
 def test_weights_that_have_the_structure_are_replaced_without_a_change(kind, aware):
     model = Net(STRUCTURES[kind]).eval()
     fast, record = replaced(model, structure=kind, budget="change<=1e-5", aware=aware, share=0.25)
@@ -187,7 +186,7 @@ def test_a_projection_that_knows_the_inputs_changes_the_outputs_less():
 def test_steps_of_distillation_never_make_it_worse():
     model = Net().eval()
     one = {"structure": "block-diagonal-low-rank", "budget": 9.0, "share": 0.5}
-    assert replaced(model, steps=50, **one)[1].change <= 1.001 * replaced(model, **one)[1].change
+    assert replaced(model, steps=20, **one)[1].change <= 1.001 * replaced(model, **one)[1].change
 
 
 def test_the_same_seed_makes_the_same_model():
@@ -216,8 +215,7 @@ class Attention(nn.Module):
         return self.mlp(x + self.out(y.transpose(1, 2).flatten(2)[0])) + x.tanh()
 
 
-@pytest.mark.parametrize("passes", [(), ("fuse-attention",)])
-@pytest.mark.parametrize("written_out", [False, True])
+@thinned(2, passes=[(), ("fuse-attention",)], written_out=[False, True])
 def test_attention_outputs_are_replaced_on_request(written_out, passes):
     model = Attention(written_out).eval()
     one = {"structure": "low-rank", "budget": 9.0, "passes": passes}
