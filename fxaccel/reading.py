@@ -86,6 +86,15 @@ class Reader:
         self.opened[node] = None
         return value
 
+    def anywhere(self, node: fx.Node, at: Indices, dim: int) -> Value:
+        """The element of `node` at an index of dimension `dim` that may be any."""
+        one, known = sympy.Dummy(integer=True, nonnegative=True), self.known
+        self.known = Range({**known.sizes, one: dimension(node.meta["val"].shape[dim])})
+        try:
+            return self.read(node, (*at[:dim], Affine(one), *at[dim + 1 :]))
+        finally:
+            self.known = known
+
     def pure(self, node: fx.Node) -> bool:
         """Whether the node depends on sizes alone, on no data."""
         if node not in self.constant:
@@ -407,6 +416,33 @@ def _masked_fill(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Va
     return select(condition, number(value, dtype), r.read(x, at[len(at) - x.meta["val"].dim() :]), dtype)
 
 
+def _difference(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
+    """Of neighbours, the first perhaps of one element that stands before all."""
+    x, first, dim, dtype = a["self"], a["prepend"], a["dim"] % len(at), node.meta["val"].dtype
+    if a["n"] != 1 or a["append"] is not None or dtype not in INTEGERS or not isinstance(at[dim], Affine):
+        return None
+
+    def between(after: Value, before: Value) -> Value:
+        return elementwise(aten.sub.Tensor, [after, before], {}, dtype, r.known)
+
+    if first is None:
+        return between(r.read(x, _shifted(at, dim, 1)), r.read(x, at))
+    if dimension(first.meta["val"].shape[dim]) != 1:
+        return None
+    start = (*at[:dim], ZERO, *at[dim + 1 :])
+    begins, later = between(r.read(x, start), r.read(first, start)), r.read(x, _shifted(at, dim, -1))
+    return select(compare("eq", at[dim], ZERO, r.known), begins, between(r.read(x, at), later), dtype)
+
+
+def _cumulated(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
+    """Of integers that are one number at every index."""
+    dim = a["dim"] % len(at)
+    here, each = at[dim], r.anywhere(a["self"], at, dim)
+    if not (isinstance(here, Affine) and is_number(each) and node.meta["val"].dtype in INTEGERS):
+        return None
+    return Affine(sympy.expand(int(plain(each)) * (here.of + 1)))
+
+
 class Views(Reader):
     """Reads through one view at a time."""
 
@@ -450,6 +486,8 @@ _STEPS: dict[Any, Callable[[Reader, fx.Node, dict[str, Any], Indices], Value | N
     aten.index.Tensor: Reader.looked_up,
     aten.embedding.default: Reader.embedded,
     aten.masked_fill.Scalar: _masked_fill,
+    aten.diff.default: _difference,
+    aten.cumsum.default: _cumulated,
     aten.arange.default: _arange,
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,

@@ -264,6 +264,36 @@ def packed_positions(m: Any, s: Tensor, position: Tensor) -> Tensor:
     return documents(m, s, ids)
 
 
+def own_positions(m: Any, s: Tensor) -> Tensor:
+    """Positions that go up by one: one sequence."""
+    return packed_positions(m, s, torch.arange(s.shape[-1])[None])
+
+
+def later_positions(m: Any, s: Tensor) -> Tensor:
+    """From 7 on; what goes before the first is put there afterwards."""
+    position = torch.arange(s.shape[-1])[None] + 7
+    changes = (torch.diff(position, dim=-1) != 1).cumsum(-1)
+    return documents(m, s, torch.cat([torch.zeros(1, 1, dtype=torch.int64), changes], -1))
+
+
+def summed_positions(m: Any, s: Tensor) -> Tensor:
+    """As they are counted from a mask of ones."""
+    position = torch.ones(1, s.shape[-1], dtype=torch.int64).cumsum(-1) - 1
+    return s.masked_fill(position[:, None, :, None] < position[:, None, None, :], -math.inf)
+
+
+def restarted_positions(m: Any, s: Tensor) -> Tensor:
+    """Positions that start again after every third."""
+    return packed_positions(m, s, torch.arange(s.shape[-1])[None] % 3)
+
+
+def counted_positions(m: Any, s: Tensor) -> Tensor:
+    """Sums of positions, which are no number."""
+    ids = torch.arange(s.shape[-1])[None].cumsum(-1)
+    q, k = _positions(s)
+    return s.masked_fill(~((ids[:, None, :, None] >= ids[:, None, None, :]) & (k <= q)), -math.inf)
+
+
 def alibi(m: Any, s: Tensor) -> Tensor:
     q, k = _positions(s)
     return s + m.slopes[:, None, None].to(s.dtype) * (k - q)
@@ -409,6 +439,11 @@ MASKS: dict[Any, tuple[str, tuple[str, ...], str]] = {
     causal_padding: ("causal, key padding", ("keep",), "mean"),
     documents: ("causal, documents", ("ids",), "zero"),
     packed_positions: ("causal, documents", ("position",), "zero"),
+    own_positions: ("causal", (), "zero"),
+    later_positions: ("causal", (), "zero"),
+    summed_positions: ("causal", (), "zero"),
+    restarted_positions: ("causal, documents", (), "zero"),
+    counted_positions: ("causal, data of queries and keys", (), "nan_fill"),
     alibi: ("an additive index function", (), "zero"),
     causal_alibi: ("causal, an additive index function", (), "zero"),
     bucketed: ("relative bias", (), "zero"),
