@@ -417,9 +417,9 @@ def _masked_fill(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Va
 
 
 def _difference(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    """Of neighbours, the first perhaps of one element that stands before all."""
+    """Of neighbours, the first perhaps of one element that stands before all; narrower integers wrap."""
     x, first, dim, dtype = a["self"], a["prepend"], a["dim"] % len(at), node.meta["val"].dtype
-    if a["n"] != 1 or a["append"] is not None or dtype not in INTEGERS or not isinstance(at[dim], Affine):
+    if a["n"] != 1 or a["append"] is not None or dtype is not torch.int64 or not isinstance(at[dim], Affine):
         return None
 
     def between(after: Value, before: Value) -> Value:
@@ -435,10 +435,10 @@ def _difference(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Val
 
 
 def _cumulated(r: Reader, node: fx.Node, a: dict[str, Any], at: Indices) -> Value | None:
-    """Of integers that are one number at every index."""
+    """Of integers that are one number at every index, in a type that their sum does not wrap in."""
     dim = a["dim"] % len(at)
     here, each = at[dim], r.anywhere(a["self"], at, dim)
-    if not (isinstance(here, Affine) and is_number(each) and node.meta["val"].dtype in INTEGERS):
+    if not (isinstance(here, Affine) and is_number(each) and node.meta["val"].dtype is torch.int64):
         return None
     return Affine(sympy.expand(int(plain(each)) * (here.of + 1)))
 
