@@ -69,7 +69,8 @@ def t5() -> Any:
     sizes = {"d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_heads": 4}
     config = hf.T5Config(use_cache=False, decoder_start_token_id=0, **sizes, **WORDS)
     given = text()
-    return hf.T5ForConditionalGeneration(config), {**given, "decoder_input_ids": given["input_ids"].roll(1, 1)}
+    given["decoder_input_ids"] = given["input_ids"].roll(1, 1)
+    return hf.T5ForConditionalGeneration(config), given
 
 
 def vit() -> Any:

@@ -462,18 +462,19 @@ def _value(node: fx.Node, sizes: dict[str, int], generator: torch.Generator, per
 
 def materialise(
     val: Any, sizes: dict[str, int], generator: torch.Generator, permuted: bool = False,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", scale: float | None = None,
 ) -> Any:  # fmt: skip
     """A random value with the dtype, sizes and strides of a fake one.
 
-    Floats are normal with a scale between 1/4 and 4, booleans fair coins, integers 0 or 1 (an index that
-    is valid everywhere); int8, which is no index, from -127 to 127, and bytes 0 or anything: they may be a
-    mask or numbers of 4 bits. With `permuted`, tensors of two or more dimensions are laid out column-major.
+    Floats are normal with this scale, where none is given one between 1/4 and 4, booleans fair coins,
+    integers 0 or 1 (an index that is valid everywhere); int8, which is no index, from -127 to 127, and bytes
+    0 or anything: they may be a mask or numbers of 4 bits. With `permuted`, tensors of two or more dimensions
+    are laid out column-major.
     """
     if isinstance(val, (torch.SymInt, SizeSpec)):
         return number(val, sizes)
     if isinstance(val, (list, tuple)):
-        return type(val)(materialise(v, sizes, generator, permuted, device) for v in val)
+        return type(val)(materialise(v, sizes, generator, permuted, device, scale) for v in val)
     if not is_tensor(val):
         return val
     shape, stride = _sizes(val.shape, sizes), _sizes(val.stride(), sizes)
@@ -481,13 +482,16 @@ def materialise(
         stride = list(torch.empty(shape[::-1], device="meta").permute(*range(len(shape))[::-1]).stride())
     tensor = torch.empty_strided(shape, stride, dtype=val.dtype, device=device)
     compact = [1 if st == 0 else s for s, st in zip(shape, stride, strict=True)]
-    tensor.as_strided(compact, stride).copy_(_random(compact, val.dtype, generator))
+    tensor.as_strided(compact, stride).copy_(_random(compact, val.dtype, generator, scale))
     return tensor
 
 
-def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _random(
+    shape: list[int], dtype: torch.dtype, generator: torch.Generator, scale: float | None = None
+) -> Tensor:
     if dtype.is_floating_point or dtype.is_complex:
-        scale = 4.0 ** (2 * float(torch.rand((), generator=generator)) - 1)
+        if scale is None:
+            scale = 4.0 ** (2 * float(torch.rand((), generator=generator)) - 1)
         wide = torch.complex128 if dtype.is_complex else torch.float64
         return (torch.randn(shape, generator=generator, dtype=wide) * scale).to(dtype)
     coins = torch.randint(0, 2, shape, generator=generator)

@@ -24,6 +24,7 @@ from fxaccel.proof import Claim, Fragment, fragment, key, materialise
 MARGIN = 1.03  # times as long, which a clock cannot tell from as long
 ENOUGH = (15.0, 400.0)  # ms that the runs of a site take together; of one that looks slower then
 MOST = 7  # rounds
+SCALE = 0.25  # of values: those of larger ones' softmax are too small for a CPU to be quick with
 WARM = 6  # calls of a whole graph after which what kernels prepare, for weights that come often, is there
 
 
@@ -115,7 +116,7 @@ def _value(node: fx.Node, program: Program, generator: torch.Generator, device: 
     """What an input is in a timed run."""
     if node.meta.get("number") is not None:
         return node.meta["number"]
-    value = materialise(node.meta["val"], program.hints, generator, device=device)
+    value = materialise(node.meta["val"], program.hints, generator, device=device, scale=SCALE)
     if not isinstance(value, Tensor):
         return value
     if value.dtype is torch.bool:

@@ -276,15 +276,35 @@ def test_masks_let_everything_pass(monkeypatch):
 
 
 class Calls(TorchDispatchMode):
-    """The operators that are called inside."""
+    """The operators that are called inside, and what they give."""
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.made = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
         self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
+        self.made.append(made)
+        return made
+
+
+class Unscaled(nn.Module):
+    """Attention as T5 has it: nothing makes the scores of wide heads smaller."""
+
+    def forward(self, q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+
+def test_no_weight_is_too_small_for_a_cpu_to_be_quick_with(monkeypatch):
+    asked = clocked(monkeypatch, (1.0, 0.5))
+    given = tuple(torch.randn(2, 4, 128, 64) for _ in range(3))
+    with torch.no_grad():
+        fxaccel.accelerate(Unscaled().eval(), ["fuse-attention"], measure=True, example_inputs=given)
+        with Calls() as calls:
+            asked[0][0]()
+    (p,) = (made for name, made in zip(calls.names, calls.made, strict=True) if name == "_softmax")
+    assert not ((p > 0) & (p < torch.finfo(p.dtype).tiny)).any()
 
 
 def test_what_is_computed_from_parameters_ahead_is_not_timed(monkeypatch):
