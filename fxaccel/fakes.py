@@ -113,14 +113,18 @@ class Fakes(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.ledger, self.inner, self.forms = ledger, False, Forms(self)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing in here is compiled, and to say so at each call takes a tenth of the whole
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
             return args[0].device  # most of all dispatches are this question
         if self.inner or func.namespace == "prim":  # a part of an operator, or a question to a tensor
-            return super().__torch_dispatch__(func, types, args, kwargs or {})
+            return self.dispatch(func, types, args, kwargs or {})
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0  # without data: a kernel that looks for a rare case does not find it
-        work = super().__torch_dispatch__
+        work = self.dispatch
         self.inner = True
         try:
             return self.ledger.call(lambda *a, **k: self.forms.call(work, func, types, a, k), args, kwargs)
