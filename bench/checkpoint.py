@@ -5,8 +5,8 @@ budgets    C1 of the targets: seven models, ten budgets each from 0.95 of the ac
            bit what it is without the pass, FLOPs that are computed again
 peers      C2: torch's partitioner with its activation_memory_budget of 0.1 to 0.9, and torch.utils.checkpoint
            around every block and every group of sqrt(n) blocks: bytes of a real step, FLOPs that torch counts
-           in it beyond those of a plain step; ours within the bytes of each of them, behind split-attention
-           alone (planned for the fewest FLOPs) and behind the default passes (planned for the least time)
+           in it beyond those of a plain step; ours within the bytes of each of them, alone (behind SPLIT,
+           planned for the fewest FLOPs) and behind the default passes (planned for the least time)
 optimum    C4: steps of at most 60 calls, ours beside the exact optimum (passes/_checkpoint_exact.py)
 time       C4: seconds of one thread for profile, plan, schedule and code of 24 and 96 layers of GPT-2
 
@@ -172,6 +172,7 @@ FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 """torch's, with the attention that it does not know, or counts as nothing on the CPU."""
 
+SPLIT = ["split-attention", "pack-dropout"]  # what torch does to dropout before it partitions
 DEFAULT = [name for name, cls in available().items() if cls.default]
 
 
@@ -329,7 +330,7 @@ def peers() -> None:
     figures: dict[str, Any] = dict(FIGURES)
     for name in MODELS:
         model, batch = made(name)
-        ours, default = Ours(model, batch, ["split-attention"]), Ours(model, batch, DEFAULT)
+        ours, default = Ours(model, batch, SPLIT), Ours(model, batch, DEFAULT)
         rows = []
         for what, run in steps(model, batch, name):
             row = beside(run, ours, default)

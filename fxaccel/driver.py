@@ -291,7 +291,7 @@ class _Local:
         proof = prove(self.program, claim.smaller(rule.any_size(m)), self.driver.manifest)
         said = [w for w in (rule.remark(m), times and str(times)) if w]
         self.driver.applied(m.root, "; ".join(said), name, proof.key)
-        self.program.redrawn |= any(map(is_random, m.nodes))
+        self.program.redrawn |= rule.numerics != "bitwise" and any(map(is_random, m.nodes))
         self.swap(m, outputs, made)
         return [n for n in made if not n._erased]
 

@@ -171,7 +171,8 @@ class Finder:
 class Rule(Rules):
     """A local rewrite: `pattern` becomes `rewrite` unless `refuse` yields a sentence.
 
-    redraws      whether it may take random operators in, and draw other numbers of the same distribution
+    redraws      whether it may take random operators in, and draw other numbers of the same distribution; the
+                 same numbers, where its numerics are "bitwise"
     """
 
     redraws: ClassVar[bool] = False

@@ -59,6 +59,7 @@ def cases(n: int) -> dict[str, tuple[Any, ...]]:
                                (1, 1), (0, 0), (1, 1), 1),
         "butterfly": (x, torch.rand(1, 3, 4, 2, 2), b, 8),
         "monarch": (x, torch.rand(2, 4, 4), torch.rand(4, 2, 2), b, 8),
+        "dropout": (x, 0.5),
         "rope": ([turned(2, 3, n, 8)], *(torch.cat([t, t], -1) for t in halves(n))),
         "attention": (*(turned(2, 3, n, 8) for _ in "qkv"), [], "k <= q", "", 0.3),
     }  # fmt: skip
