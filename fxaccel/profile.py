@@ -12,8 +12,11 @@ import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -29,6 +32,7 @@ from fxaccel.memory import Ledger, key
 from fxaccel.recompute import Run, Timetable
 from fxaccel.schedule import HIDDEN, Schedule
 
+Array = npt.NDArray[Any]
 W = TypeVar("W", bound="Watch")
 FREE = -1  # the value that stands for parameters, buffers, constants and inputs: they are there anyway
 
@@ -84,6 +88,29 @@ class Call:
     nbytes: int = 0
 
 
+class Columns(NamedTuple):
+    """The facts of a profile as arrays, for what goes through it many times.
+
+    made, last, nbytes    of each value; last: the last step of forward that reads it, where backward does not
+    first, shown          of each value; first: the first step whose backward reads it, `size` without one
+    takes, rest, surge, grads    of each step, 0 where there is no call
+    called                whether there is one
+    size                  of the arrays of steps
+    """
+
+    made: Array
+    last: Array
+    nbytes: Array
+    first: Array
+    shown: Array
+    takes: Array
+    rest: Array
+    surge: Array
+    grads: Array
+    called: Array
+    size: int
+
+
 @dataclass
 class Profile:
     """One training step.
@@ -102,6 +129,21 @@ class Profile:
     inputs: dict[str, list[str]]
     state: int
     grads: int
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The same in arrays."""
+        size = max(self.calls, default=0) + 2
+        of = [
+            (v.made, max(v.read, v.made), v.nbytes, min(v.needed, default=size), v.shown) for v in self.values
+        ]
+        each = np.zeros((4, size), np.int64)
+        for i, call in self.calls.items():
+            each[:, i] = call.takes, call.rest, call.surge, call.grads
+        made, last, nbytes, first, shown = np.array(of, np.int64).reshape(-1, 5).T
+        takes, rest, surge, grads = each
+        called = np.isin(np.arange(size), [*self.calls])
+        return Columns(made, last, nbytes, first, shown.astype(bool), takes, rest, surge, grads, called, size)
 
     def without_gradients(self) -> Profile:
         """The same step, in which the gradients of parameters take nothing."""

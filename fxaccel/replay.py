@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import NamedTuple
 
-from fxaccel.profile import Profile
+import numpy as np
+
+from fxaccel.profile import Array, Profile
 from fxaccel.schedule import HIDDEN, Again, Moved, Schedule
 
 Programs = Mapping[int, Sequence[int]]
@@ -75,11 +76,10 @@ class Lives:
 
 def lives(profile: Profile, draft: Draft) -> Lives:
     """Who reads what in backward, and until when it is kept."""
-    values, calls = profile.values, profile.calls
-    lowest: dict[int, int] = {}
-    for number, value in enumerate(values):
-        if value.needed and number not in draft.dropped:
-            lowest[number] = min(value.needed)
+    values, calls, of = profile.values, profile.calls, profile.columns
+    kept = of.first < of.size
+    kept[list(draft.dropped)] = False
+    lowest: dict[int, int] = dict(zip(np.flatnonzero(kept).tolist(), of.first[kept].tolist(), strict=True))
     held: dict[int, list[tuple[int, int]]] = {}
     until: dict[int, int] = {}  # dropped value -> the lowest step that reads what is computed next above it
     needs = needed(profile, draft.dropped)
@@ -118,56 +118,55 @@ def results(profile: Profile, call: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Course:
-    """The most bytes that live at each step, while it runs forward, computes again, and runs backward."""
+    """The most bytes that live at each step, while it runs forward, computes again, and runs backward.
 
-    forward: dict[int, int]
-    again: dict[int, int]
-    backward: dict[int, int]
+    forward, again, backward    by step; 0 where there is no call, or nothing is computed again
+    """
+
+    forward: Array
+    again: Array
+    backward: Array
     found: Lives
 
 
 def course(profile: Profile, draft: Draft) -> Course:
     """What a draft takes, step by step."""
-    values, calls = profile.values, profile.calls
-    found = lives(profile, draft)
-    size = max(calls, default=0) + 2
-    forward, backward = [0] * (size + 1), [0] * (size + 1)
-    for number, value in enumerate(values):
-        last = size - 1 if number in found.lowest or value.shown else max(value.read, value.made)
-        low, top = 0 if value.shown else found.lowest.get(number, size), size - 1
-        if number in draft.moved:
-            last, top = draft.moved[number]
-        forward[value.made + 1] += value.nbytes
-        forward[last + 1] -= value.nbytes
-        backward[low] += value.nbytes
-        backward[top + 1] -= value.nbytes
+    of, found = profile.columns, lives(profile, draft)
+    top = of.size - 1
+    low = np.full(len(of.made), of.size)
+    low[list(found.lowest)] = list(found.lowest.values())
+    last, high = np.where(of.shown | (low < of.size), top, of.last), np.full(len(low), top)
+    low[of.shown] = 0
+    for number, journey in draft.moved.items():
+        last[number], high[number] = journey
+    live = np.zeros((2, of.size + 2), np.int64)  # in forward and in backward, as differences
+    for line, begin, end in ((live[0], of.made + 1, last + 1), (live[1], low, high + 1)):
+        np.add.at(line, begin, of.nbytes)
+        np.subtract.at(line, end, of.nbytes)
+    most, left = np.zeros((2, of.size), np.int64)
     for step, held in found.held.items():
         for number, until in held:  # from after the program to the backward of `until`
-            backward[until] += values[number].nbytes
-            backward[step] -= values[number].nbytes
-    alive_forward, alive_backward = list(accumulate(forward)), list(accumulate(backward))
-    made = Course({i: alive_forward[i] + c.takes for i, c in calls.items()}, {}, {}, found)
-    for step, call in calls.items():
-        live = alive_backward[step]
-        program = draft.again.get(step)
-        if program is not None:
-            most, left = program_bytes(profile, program, {v for v, _ in found.held[step]})
-            made.again[step] = live + most + call.rest
-            live += left
-        made.backward[step] = live + call.surge
-    return made
+            live[1, until] += of.nbytes[number]
+            live[1, step] -= of.nbytes[number]
+        most[step], left[step] = program_bytes(profile, draft.again[step], {v for v, _ in held})
+    forward, backward = np.cumsum(live, axis=1)[:, : of.size]
+    again = np.where(np.isin(np.arange(of.size), [*found.held]), backward + most + of.rest, 0)
+    ran, returned = np.where(of.called, (forward + of.takes, backward + left + of.surge), 0)
+    return Course(ran, again, returned, found)
 
 
 def replay(profile: Profile, draft: Draft, seconds: Mapping[int, float] | None = None) -> Replayed:
     """The cost of a draft; seconds: of each call."""
-    calls, found = profile.calls, course(profile, draft)
-    peak = inner = max(found.forward.values(), default=0)
-    for moments in (found.again, found.backward):
-        peak = max(peak, *moments.values(), 0)
-        inner = max(inner, *(nbytes - calls[i].grads for i, nbytes in moments.items()), 0)
-    again = [c for program in draft.again.values() for c in program]
-    spent = draft.waits + sum(seconds[c] for c in again) if seconds else draft.waits
-    return Replayed(peak, inner, sum(calls[c].flops for c in again), spent)
+    calls, grads, found = profile.calls, profile.columns.grads, course(profile, draft)
+    moments = np.maximum(found.again, found.backward)
+    peak, inner = (max(found.forward.max(), (moments - less).max()) for less in (0, grads))
+    flops = sum(calls[c].flops for program in draft.again.values() for c in program)
+    return Replayed(int(peak), int(inner), flops, spent(draft, seconds) if seconds else draft.waits)
+
+
+def spent(draft: Draft, seconds: Mapping[int, float]) -> float:
+    """Seconds of what is computed again, and of what the step waits for."""
+    return draft.waits + sum(seconds[c] for program in draft.again.values() for c in program)
 
 
 def program_bytes(profile: Profile, program: Sequence[int], held: Collection[int]) -> tuple[int, int]:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from fxaccel.passes._checkpoint_chain import Sketch
 from fxaccel.passes._checkpoint_polish import worth
 from fxaccel.profile import Profile
-from fxaccel.replay import Course, Draft, Replayed, course, replay
+from fxaccel.replay import Course, Draft, Replayed, course, replay, spent
 
 EFFORT = 20_000  # calls gone through
 FIRST = 12  # values whose changes are tried together, those that promise most first
@@ -77,8 +79,8 @@ class Descent:
         """A sketch, step by step; None where it takes too long."""
         self.left -= 1
         draft = self.draft(sketch)
-        spent = draft.waits + sum(self.seconds[c] for program in draft.again.values() for c in program)
-        return Gone(sketch, draft, spent, course(self.profile, draft)) if spent < self.most else None
+        seconds = spent(draft, self.seconds)
+        return Gone(sketch, draft, seconds, course(self.profile, draft)) if seconds < self.most else None
 
     def below(self, aim: int, now: Gone) -> Gone | None:
         """A sketch whose peak is at most `aim`, by change after change that lowers what is above it."""
@@ -110,9 +112,8 @@ class Descent:
     def promising(self, aim: int, now: Gone) -> list[int]:
         """Values that lie above the aim, or whose making does, by bytes a second."""
         one = now.course
-        forward = sorted(i for i, n in one.forward.items() if n > aim)
-        again = {i for i, n in one.again.items() if n > aim}
-        backward = sorted({*again, *(i for i, n in one.backward.items() if n > aim)})
+        forward, again = (np.flatnonzero(n > aim).tolist() for n in (one.forward, one.again))
+        backward = np.flatnonzero(np.maximum(one.again, one.backward) > aim).tolist()
         times: dict[int, int] = {}
         for number in self.worth:
             value = self.profile.values[number]
@@ -137,13 +138,12 @@ class Descent:
 
 
 def _peak(now: Course) -> int:
-    return max(max(one.values(), default=0) for one in (now.forward, now.again, now.backward))
+    return int(max(one.max() for one in (now.forward, now.again, now.backward)))
 
 
 def _over(now: Course, aim: int) -> int:
     """Bytes above the aim, of all moments together."""
-    moments = (now.forward, now.again, now.backward)
-    return sum(n - aim for one in moments for n in one.values() if n > aim)
+    return int(sum(np.maximum(one - aim, 0).sum() for one in (now.forward, now.again, now.backward)))
 
 
 def _between(steps: list[int], low: int, high: int) -> int:

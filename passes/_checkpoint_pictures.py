@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+import numpy as np
+
 from fxaccel import svg
 from fxaccel.ir import Program
 from fxaccel.passes._checkpoint_curve import baselines, curve
@@ -53,8 +55,8 @@ def _memory(step: TrainingStep, draft: Draft, schedule: Schedule, name: str) -> 
 def _line(step: TrainingStep, draft: Draft, size: int) -> list[tuple[float, float]]:
     """(number of the call, most bytes in use in it), forward and then backward."""
     found = course(step.profile, draft)
-    alive = [found.forward[i] for i in sorted(found.forward)]
-    alive += [max(found.again.get(i, 0), found.backward[i]) for i in sorted(found.backward, reverse=True)]
+    steps = sorted(step.profile.calls)
+    alive = [*found.forward[steps], *np.maximum(found.again, found.backward)[steps[::-1]]]
     length = -(-len(alive) // POINTS) or 1
     ends = [*range(0, len(alive), length), len(alive)]
     return [(float(i), (step.fixed + max(alive[i:j])) / size) for i, j in pairwise(ends)]

@@ -14,10 +14,10 @@ from dataclasses import replace
 from fxaccel.passes._checkpoint_chain import Chain, Sketch
 from fxaccel.passes._checkpoint_parts import droppable
 from fxaccel.profile import Profile
-from fxaccel.replay import Draft, Replayed, replay
+from fxaccel.replay import Draft, Replayed, replay, results, spent
 from fxaccel.transfers import movable, moving
 
-EFFORT = 100_000  # calls gone through: as many steps as that makes are tried
+EFFORT = 300_000  # calls gone through, of a sketch that is replayed three times: so many are tried
 
 Bundle = frozenset[int]
 
@@ -34,8 +34,10 @@ class Polish:
         self.chain, self.seconds, self.budget, self.link = chain, seconds, budget, link
         self.profile: Profile = chain.profile
         self.left = EFFORT // max(len(self.profile.calls), 1)
-        self.sketch, self.now = sketch, self.cost(sketch)
-        self.tight: list[tuple[float, int, Sketch]] = []  # what would save time if there were more room
+        self.take(sketch, replay(self.profile, self.draft(sketch), seconds))
+        self.tight: list[
+            tuple[float, int, Bundle, Bundle]
+        ] = []  # what would save time if there were more room
         self.movable = frozenset(movable(self.profile) if link else ())
         self.droppable = frozenset(worth(self.profile))
         self.bundles = sorted(bundles(chain, self.droppable | self.movable), key=self.price)
@@ -44,14 +46,23 @@ class Polish:
         """Of a sketch, with the times of its copies."""
         return moving(self.profile, self.chain.draft(sketch), sketch.moved, self.seconds, self.link)
 
-    def cost(self, sketch: Sketch) -> Replayed:
-        """Of a sketch, replayed."""
-        self.left -= 1
-        return replay(self.profile, self.draft(sketch), self.seconds)
+    def faster(self, sketch: Sketch, than: float) -> Replayed | None:
+        """Of a sketch that takes less than so many seconds, replayed."""
+        if self.left <= 0:
+            return None
+        draft = self.draft(sketch)
+        found = replay(self.profile, draft, self.seconds) if spent(draft, self.seconds) < than else None
+        self.left -= 1 if found is None else 3
+        return found
+
+    def take(self, sketch: Sketch, cost: Replayed) -> None:
+        """Go on from here."""
+        self.sketch, self.now = sketch, cost
+        self.again = {c for program in self.chain.draft(sketch).again.values() for c in program}
 
     def run(self) -> Draft:
         """The best draft found."""
-        while self.left > 0 and (self.more() or self.other()):
+        while self.left > 0 and any([self.more(), self.other()]):
             pass
         return self.draft(self.sketch)
 
@@ -61,45 +72,58 @@ class Polish:
         self.tight.clear()
         for bundle in reversed(self.bundles):
             back = bundle & self.sketch.dropped
-            if not back:
-                continue
-            found = replace(self.sketch, dropped=self.sketch.dropped - back)
-            ways = [found, replace(found, moved=found.moved | back)] if back <= self.movable else [found]
-            for way in ways:
-                cost = self.cost(way) if self.left > 0 else self.now
-                if cost.seconds < self.now.seconds and cost.peak <= self.budget:
-                    self.sketch, self.now = way, cost
+            if self.again.isdisjoint(self.profile.values[v].made for v in back):
+                continue  # what nobody computes again is not in anyone's way
+            for moved in (Bundle(), back) if back <= self.movable else (Bundle(),):
+                way = self.without(back, moved)
+                cost = self.faster(way, self.now.seconds)
+                if cost is not None and cost.peak <= self.budget:
+                    self.take(way, cost)
                     break
-                if cost.seconds < self.now.seconds:
+                if cost is not None:
                     saves, over = self.now.seconds - cost.seconds, cost.peak - self.budget
-                    self.tight.append((saves, over, way))
+                    self.tight.append((saves, over, back, moved))
         return self.now.seconds < before
 
     def other(self) -> bool:
         """Keep values in the place of others; whether that was better for any."""
-        for saves, over, way in sorted(self.tight, key=lambda one: -one[0]):
-            best: tuple[Replayed, Sketch] | None = None
-            for found in self.instead(way, saves, over):
-                cost = self.cost(found)
-                if cost.peak <= self.budget and cost.seconds < (best[0] if best else self.now).seconds:
-                    best = cost, found
-                if self.left <= 0:
-                    break
+        before = self.now.seconds
+        for saves, over, back, moved in sorted(self.tight, key=lambda one: -one[0]):
+            best: tuple[Sketch, Replayed] | None = None
+            for least, found in self.instead(self.without(back, moved), saves, over):
+                below = self.now.seconds if best is None else best[1].seconds
+                if self.now.seconds - saves + least >= below:
+                    continue
+                cost = self.faster(found, below)
+                if cost is not None and cost.peak <= self.budget:
+                    best = found, cost
             if best is not None:
-                self.now, self.sketch = best
-                return True
-        return False
+                self.take(*best)
+        return self.now.seconds < before
 
-    def instead(self, sketch: Sketch, saves: float, over: int) -> Iterator[Sketch]:
-        """The sketch with others moved or dropped, so many bytes at the least, in less time than it saves."""
+    def without(self, back: Bundle, moved: Bundle) -> Sketch:
+        """The sketch in which these are kept, or some of them moved."""
+        return replace(self.sketch, dropped=self.sketch.dropped - back, moved=self.sketch.moved | moved)
+
+    def instead(self, sketch: Sketch, saves: float, over: int) -> Iterator[tuple[float, Sketch]]:
+        """The sketch with others moved or dropped, so many bytes at the least, in less time than it saves.
+
+        With the seconds that this takes at least, the fastest first; at last with several that cost little.
+        """
+        together = Bundle()
         for bundle in self.bundles:
             gone = bundle - self.sketch.dropped - sketch.moved
-            if not gone or self.nbytes(gone) < over:
+            if not gone:
                 continue
-            if gone <= self.movable:
-                yield replace(sketch, moved=sketch.moved | gone)
-            if gone <= self.droppable and self.price(gone) < saves:
-                yield replace(sketch, dropped=sketch.dropped | gone)
+            if self.nbytes(gone) >= over:
+                if gone <= self.movable:
+                    yield 0.0, replace(sketch, moved=sketch.moved | gone)
+                if gone <= self.droppable and self.price(gone) < saves:
+                    yield self.price(gone), replace(sketch, dropped=sketch.dropped | gone)
+            if self.nbytes(together) < over and gone <= self.droppable:
+                together |= gone
+        if self.price(together) < saves:
+            yield self.price(together), replace(sketch, dropped=sketch.dropped | together)
 
     def price(self, bundle: Bundle) -> float:
         """Seconds of the calls that make these, the least that computing them takes."""
@@ -120,11 +144,12 @@ def worth(profile: Profile) -> Iterator[int]:
 
 
 def bundles(chain: Chain, values: frozenset[int]) -> Iterator[Bundle]:
-    """All values alike, and each by itself."""
+    """All values alike, each by itself, and all that one call makes and hides."""
     alike: dict[tuple[int, int], set[int]] = {}
     for part in chain.parts:
         for own, value in enumerate(part.values):
             if value in values:
                 alike.setdefault((part.kind, own), set()).add(value)
-    yield from (frozenset(one) for one in alike.values() if len(one) > 1)
+    calls = (values.intersection(results(chain.profile, call)) for call in chain.profile.calls)
+    yield from (frozenset(one) for one in (*alike.values(), *calls) if len(one) > 1)
     yield from (frozenset([v]) for v in sorted(values))
