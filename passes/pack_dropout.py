@@ -4,8 +4,8 @@
 
 Fires on   dropout in training on the CPU, where torch keeps for each element the number that it was
            multiplied by; on a GPU it keeps bytes itself.
-Saves      of float32 three of four bytes an element until backward, for 2 to 4 % more time of dropout, most
-           of which are its random numbers.
+Saves      of float32 three of four bytes an element until backward, for about a tenth more time of dropout,
+           most of which are its random numbers.
 Exact      bit for bit: the same random numbers, the same products.
 Source     torch, aten/src/ATen/native/Dropout.cpp, `_dropout_impl`.
 """
@@ -23,7 +23,7 @@ class PackDropout(Rule):
     numerics = "bitwise"
     serves = ("training",)
     redraws = True
-    at_most = 1.1
+    at_most = 1.2  # for the bytes
 
     def pattern(self, op: Ops, x, p):
         return op.aten.dropout.default(x, p, True)
