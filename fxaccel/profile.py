@@ -29,7 +29,7 @@ from fxaccel.errors import RuleError
 from fxaccel.fakes import Fakes
 from fxaccel.ir import Program, expr, number, target_name, tensors
 from fxaccel.memory import Ledger, key
-from fxaccel.recompute import Run, Timetable
+from fxaccel.recompute import Run, Saved, Timetable
 from fxaccel.schedule import HIDDEN, Schedule
 
 Array = npt.NDArray[Any]
@@ -66,7 +66,7 @@ class Call:
     hides        what it saves besides arguments and results, None where nothing
     reads        values of its arguments
     takes        bytes that forward takes while it runs, over what lived before; its results are among them
-    rest         bytes alive when its backward begins besides values: gradients of all kinds
+    rest         bytes besides values when its backward first reads what was saved: gradients of all kinds
     surge        the most of them while its backward runs
     grads        of `rest`, those of parameters
     again        whether it can be computed again
@@ -279,6 +279,7 @@ class Watch(Run):
         self.sequence: list[tuple[int, int]] = []
         self.present = self.grads = self.before = 0
         self.returning = False
+        self.opening: set[int] = set()  # calls whose backward has read what was saved
 
     def __call__(self, table: Timetable) -> Watch:
         return self
@@ -375,6 +376,15 @@ class Watch(Run):
         if index != self.present:
             self.present, call = index, self.calls[index]
             call.rest, call.grads, call.surge = self.meter.rest, self.grads, self.meter.rest
+
+    def unpack(self, saved: Saved) -> Tensor:
+        if self.returning:  # what is not kept would be computed now, beside gradients that are there already
+            self.enter()
+            if saved.step.index == self.present and self.present not in self.opening:
+                self.opening.add(self.present)
+                call = self.calls[self.present]
+                call.rest = max(call.rest, self.meter.rest)
+        return super().unpack(saved)
 
     def spent(self) -> None:
         """After an operator."""

@@ -19,7 +19,7 @@ saves the value, and stays as long as the slot; on the device there is one only 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -116,14 +116,21 @@ class Recipe:
 
 
 class Step:
-    """A call of the graph, with what its backward computes first; lives as long as autograd holds it."""
+    """A call of the graph, with what its backward computes first; lives as long as autograd holds it.
 
-    __slots__ = ("index", "recipe")
+    ends    the slots that are empty once it is done
+    """
 
-    def __init__(self, index: int, recipe: Recipe | None = None) -> None:
-        self.index, self.recipe = index, recipe
+    __slots__ = ("ends", "index", "recipe")
+
+    def __init__(self, index: int, recipe: Recipe | None = None, ends: Iterable[Slot] = ()) -> None:
+        self.index, self.recipe, self.ends = index, recipe, [weakref.ref(slot) for slot in ends]
 
     def __del__(self) -> None:
+        for end in self.ends:  # at once: the next call may save nothing, and tell nobody that it is reached
+            slot = end()
+            if slot is not None:
+                slot.free()
         one = self.recipe
         if one is not None and all((s := ref()) is None or s.value is not None for ref in one.fills):
             one.forget()
@@ -168,6 +175,9 @@ class Run:
         self.slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
         self.place = -1  # where backward is
         self.freed = self.fetched = 0  # how many of table.frees and table.fetches have been done
+        self.ends: dict[int, list[int]] = {}
+        for index, number in table.frees:
+            self.ends.setdefault(index, []).append(number)
         self.step = Step(-1)
         self.opened: list[Slot] = []
         self.fresh: list[Saved] = []  # of the present step, not told yet from its arguments and results
@@ -200,7 +210,8 @@ class Run:
             for slot in slots:
                 slot.recipes.append(recipe)
             self.opened = slots  # until the call has saved what it reads of them
-        self.step = Step(index, recipe)
+        ends = [self.slots.get(number) for number in self.ends.get(index, ())]
+        self.step = Step(index, recipe, [slot for slot in ends if slot is not None])
         self.fresh.clear()
         self.mover.left(index)
 
