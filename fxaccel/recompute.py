@@ -127,13 +127,13 @@ class Step:
         self.index, self.recipe, self.ends = index, recipe, [weakref.ref(slot) for slot in ends]
 
     def __del__(self) -> None:
+        one = self.recipe
+        if one is not None and all((s := ref()) is None or s.value is not None for ref in one.fills):
+            one.forget()
         for end in self.ends:  # at once: the next call may save nothing, and tell nobody that it is reached
             slot = end()
             if slot is not None:
                 slot.free()
-        one = self.recipe
-        if one is not None and all((s := ref()) is None or s.value is not None for ref in one.fills):
-            one.forget()
 
 
 class Saved:
