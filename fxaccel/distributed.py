@@ -76,7 +76,7 @@ class Pipeline:
         self.loss, self.mean, self.timeout = loss, reduction == "mean", timedelta(seconds=timeout)
         self.groups: list[dist.ProcessGroup] = []
         self.group = self._groups([ranks])[tuple(ranks)]
-        self.runners: dict[Flow, Any] = {}
+        self.runners: dict[Flow, tuple[Any, list[Stage]]] = {}
         self.micro: list[tuple[Tensor, ...]] = []
         self.targets: list[Any] | None = None
         self.steps = 0
@@ -195,7 +195,7 @@ class Pipeline:
         where a stage of any fails, does not answer, or does not end within the time-out.
         """
         with self.watch.step(self.close):
-            schedule = self._runner(self._sizes(args, kwargs))
+            schedule, stages = self._runner(self._sizes(args, kwargs))
             before = [(p, p.grad) for p, _ in self.shared]
             for parameter, _ in before:
                 parameter.grad = None
@@ -204,6 +204,8 @@ class Pipeline:
             losses = list[Tensor]()
             given: dict[str, Any] = {"target": self._counted(), "losses": losses} if last else {}
             schedule.step(*[self._counted()] * (0 in self.numbers), return_outputs=False, **given)
+            for stage in stages:
+                stage.finish()
             self._sum(before)
             self.micro.clear()
             self.targets = None
@@ -226,14 +228,14 @@ class Pipeline:
         said = self.watch.ask(key)
         return self.taken.flow(self.taken.like(json.loads(said)))
 
-    def _runner(self, flow: Flow) -> Any:
-        """Torch's schedule over the stages of this process, made once for each size."""
+    def _runner(self, flow: Flow) -> tuple[Any, list[Stage]]:
+        """Torch's schedule, and the stages of this process that it runs, made once for each size."""
         if flow not in self.runners:
             stages = [self._stage(s, n, flow) for s, n in zip(self.stages, self.numbers, strict=True)]
             kind: Any = get_schedule_class(self.order.schedule)
             what = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
             options = {"loss_fn": self._loss, "scale_grads": False}
-            self.runners[flow] = kind(what, self.order.microbatches, **options)
+            self.runners[flow] = kind(what, self.order.microbatches, **options), stages
         return self.runners[flow]
 
     def _stage(self, module: nn.Module, number: int, flow: Flow) -> Stage:

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed.pipelining import PipelineStage
 
 from fxaccel.faults import Watch
-from fxaccel.pipeline.orders import Order
+from fxaccel.pipeline.orders import ONE, Order
 from fxaccel.stage_module import TensorMeta
 
 Results = list[tuple[Tensor, Tensor | None]]
@@ -45,6 +45,9 @@ class Stage(PipelineStage):
         self.stage_index_to_group_rank = dict(enumerate(order.placement))
         self.watch, self.micro = watch, micro
         self.parted = order.parted(number)
+        self.sends_alone = order.schedule not in ONE
+        self.known = dict(order.acknowledged(number))
+        self.sending: dict[tuple[str, int], list[Any]] = {}
         self.alone: dict[int, Results] = {}
         self.rooms: dict[int, tuple[torch.Size, torch.dtype]] = {}  # by the id of a receipt
 
@@ -81,9 +84,38 @@ class Stage(PipelineStage):
             self._room(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
+    # -- sends: torch holds those of all microbatches to the end, here each until it is known to have come
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._sent("F", fwd_chunk_id, super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._sent("B", bwd_chunk_id, super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _sent(self, kind: str, number: int, asked: list[dist.P2POp]) -> list[dist.P2POp]:
+        """What is left for torch to send: all in a schedule that waits for its sends itself."""
+        if not self.sends_alone:
+            return asked
+        self.sending[kind, number] = [
+            dist.isend(p.tensor, group=p.group, tag=p.tag, group_dst=p.group_peer) for p in asked
+        ]
+        return []
+
+    def _come(self, kind: str, number: int) -> None:
+        """Let go of what has come: this waits for nothing but the word of it."""
+        for work in self.sending.pop((kind, number), ()):
+            work.wait()
+
+    def finish(self) -> None:
+        """Wait for what is still on its way."""
+        for kind, number in list(self.sending):
+            self._come(kind, number)
+
     # -- actions ----------------------------------------------------------------------------------
 
     def forward_one_chunk(self, fwd_chunk_id: int, args: Any, *more: Any, **options: Any) -> Any:
+        for number in self.known.get(fwd_chunk_id, ()):
+            self._come("B", number)
         given = self.micro[fwd_chunk_id] if self.is_first else args
         with self.watch.computing(self.stage_index, f"the forward of microbatch {fwd_chunk_id}"):
             made = super().forward_one_chunk(fwd_chunk_id, given, *more, **options)
@@ -99,6 +131,7 @@ class Stage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        self._come("F", bwd_chunk_id)  # as its gradient tells
         with self.watch.computing(self.stage_index, f"the backward of microbatch {bwd_chunk_id}"):
             if full_backward or self.is_first:
                 super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)

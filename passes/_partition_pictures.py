@@ -54,7 +54,7 @@ def _simulated(one: Partition, program: Program, begins: tuple[str, ...]) -> Sim
         return None
     chunks = one.chunks or (2 if orders.named(one.schedule) in orders.TWO else 1)
     order = orders.order(one.schedule, terms.stages // chunks, one.microbatches, chunks)
-    return simulate(order, costs(step, terms, found, order.placement), terms.link)
+    return simulate(order, costs(step, terms, found, order), terms.link)
 
 
 def _memory(found: Simulated) -> Picture:

@@ -88,7 +88,7 @@ class Pipeline:
         room = math.inf
         for attempt in range(TRIES):
             found = self.within(size, terms)
-            made = costs(self.step(size), terms, found, order.placement)
+            made = costs(self.step(size), terms, found, order)
             most = max(simulate(order, made, self.asked.link).peaks)
             if most < best:
                 best, stages = most, made

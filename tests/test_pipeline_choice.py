@@ -32,6 +32,14 @@ def cost(candidate, batch=None):
     return stages
 
 
+def until(one, end, stages, s, i):
+    """When it is known that a gradient has come: an output that was sent after that is needed, or the end."""
+    before = [(a.kind, a.microbatch) for a in one.ranks[one.placement[s - 1]] if a.stage == s - 1]
+    read = before.index(("I" if ("I", i) in before else "B", i))
+    after = [end["F", s, j] - span(stages[s], "F") for kind, j in before[read:] if kind == "F"]
+    return after[0] if after else max(t for key, t in end.items() if key[0] != "sent")
+
+
 def peaks(one, stages, link):
     """Most bytes of each rank, from a list of what comes and goes."""
     end = slowly(one.ranks, one.placement, stages, link)
@@ -51,6 +59,9 @@ def peaks(one, stages, link):
                 "F": stage.saved, "B": -stage.saved, "I": stage.kept - stage.saved, "W": -stage.kept
             }[kind]  # fmt: skip
             changes[rank].append((done, 1, sum(goes.values())))
+            if kind in "BW" and s and one.placement[s - 1] != rank:
+                gone = max([until(one, end, stages, s, i), done])
+                changes[rank] += [(done, 2, stage.returns), (gone, 3, -stage.returns)]
     return [
         sum(s.fixed for s, r in zip(stages, one.placement, strict=True) if r == rank)
         + max(itertools.accumulate(n for _, _, n in sorted(at)))

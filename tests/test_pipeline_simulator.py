@@ -93,7 +93,9 @@ def test_a_chain_with_links_by_hand():
     ]  # fmt: skip
     assert found.sent == {(0, 1): 10, (1, 0): 20}
     assert found.memory[0] == ((0.0, 100), (2.0, 107), (8.0, 127), (14.0, 100))
-    assert found.memory[1] == ((0.0, 0), (2.0, 10), (5.0, 60), (6.0, 9), (6.0, 59), (8.0, 0))
+    assert found.memory[1] == (
+        (0.0, 0), (2.0, 10), (5.0, 60), (6.0, 9), (6.0, 59), (8.0, 0), (8.0, 20), (14.0, 0)
+    )  # fmt: skip
     assert found.peaks == (127, 60)
     assert found.bubble == 14 / 3 - 1
 
@@ -112,6 +114,26 @@ def test_a_backward_in_two_parts_lets_go_in_two_parts():
     assert whole.memory[0] == ((0.0, 0), (1.0, 10), (2.5, 0))
     more = simulate(order("InterleavedZeroBubble", 1, 1), [Stage(1, 1, 1, saved=10, kept=14)])
     assert more.memory[0] == ((0.0, 0), (1.0, 10), (1.0, 14), (3.0, 0))  # gradients wait for W
+
+
+def test_a_gradient_waits_until_it_is_known_to_have_come():
+    """Rank 1 knows of the first one by the output of microbatch 1, which rank 0 makes after reading it."""
+    one = Order(
+        "in turn", 2, (0, 1), tuple(
+            tuple(Action(kind, s, i) for i in (0, 1) for kind in "FB") for s in (0, 1)
+        )
+    )  # fmt: skip
+    found = simulate(one, [Stage(1, 1, 0), Stage(1, 1, 0, returns=5)])
+    assert dict(one.acknowledged(1)) == {0: [], 1: [0]}
+    assert found.memory[1] == ((0.0, 0), (3.0, 5), (5.0, 0), (7.0, 5), (8.0, 0))
+
+
+def test_what_a_part_of_backward_takes_may_be_more_or_less_than_the_whole():
+    stage = Stage(1, 1, 1, saved=10, kept=6, working=50, rising=10, parting=7, weighing=2)
+    found = simulate(order("InterleavedZeroBubble", 1, 1), [stage])
+    assert found.memory[0] == (
+        (0.0, 0), (0.0, 10), (1.0, 17), (2.0, 6), (2.0, 8), (3.0, 0)
+    )  # fmt: skip
 
 
 def test_what_a_forward_takes_may_be_more_or_less_than_what_a_backward_does():

@@ -80,6 +80,16 @@ class Order:
             most[action.stage] = max(most[action.stage], live[action.stage])
         return tuple(most)
 
+    def acknowledged(self, stage: int) -> Iterator[tuple[int, list[int]]]:
+        """(microbatch, those whose gradient the stage before has read when it sends the output for that)."""
+        read = list[int]()
+        for action in self.ranks[self.placement[stage - 1]] if stage else ():
+            if action.stage == stage - 1 and action.kind in "BI":
+                read.append(action.microbatch)
+            elif action.stage == stage - 1 and action.kind == "F":
+                yield action.microbatch, read
+                read = []
+
 
 def _defects(order: Order) -> Iterator[str]:
     stages, seen = range(len(order.placement)), Counter[tuple[str, int, int]]()

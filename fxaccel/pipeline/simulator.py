@@ -8,7 +8,8 @@ A rank does its actions one after the other in its order. What goes to another r
 bandwidth of the link there, one transfer after the other in each direction, beside what the ranks compute;
 what stays on a rank takes no time. Memory of a rank holds what its stages hold throughout, what came from
 the start of its transfer to the end of the action that reads it, what forward saved until backward is done
-(with I and W in part until each), and what an action takes while it runs.
+(with I and W in part until each), a gradient that went to another rank until it is known to have come there
+(`Order.acknowledged`, or the step ends), and what an action takes while it runs.
 
 The order of a rank's actions is fixed and so is that of the transfers of a link, so times follow from what
 each action waits for, whatever the order in which they are found.
@@ -38,6 +39,8 @@ class Stage:
     kept        bytes that I leaves for W, gradients that wait for it among them; what is saved if None
     working     bytes more while an action runs
     rising      those of F, what it saves among them; working if None
+    parting     those of I, what it leaves beyond what was saved among them; working and that if None
+    weighing    those of W; working if None
     fixed       bytes held throughout: parameters, gradients, states of the optimizer
     """
 
@@ -52,6 +55,8 @@ class Stage:
     working: int = 0
     fixed: int = 0
     rising: int | None = None
+    parting: int | None = None
+    weighing: int | None = None
 
     def seconds(self, kind: str) -> float:
         """Of an action of this kind."""
@@ -62,8 +67,9 @@ class Stage:
 
     def extra(self, kind: str) -> int:
         """Bytes more while an action of this kind runs; what I leaves beyond what was saved is among them."""
-        if kind == "F":
-            return self.working if self.rising is None else self.rising
+        told = {"F": self.rising, "I": self.parting, "W": self.weighing}.get(kind)
+        if told is not None:
+            return told
         return self.working + max(0, self.change("I")) * (kind == "I")
 
     def change(self, kind: str) -> int:
@@ -228,6 +234,8 @@ class _Run:
     free       (from, to) -> when the link has carried what it was given
     held       rank -> what the first of an overlapped pair sends
     changes    rank -> (time, 0 for what comes in and 1 for what its actions do, bytes)
+    read       of each stage, as `Order.acknowledged` says
+    come       gradients that are known to have come, by stage and microbatch;  going: that are not, and wait
     """
 
     def __init__(self, order: Order, stages: Sequence[Stage], links: Links) -> None:
@@ -238,6 +246,8 @@ class _Run:
         self.held: list[list[Action]] = [[] for _ in order.ranks]
         self.events: list[list[Event]] = [[] for _ in order.ranks]
         self.changes: list[list[tuple[float, int, int]]] = [[] for _ in order.ranks]
+        self.read = [dict(order.acknowledged(s)) for s in range(len(stages))]
+        self.come, self.going = set[tuple[int, int]](), set[tuple[int, int]]()
 
     def fixed(self, rank: int) -> int:
         return sum(s.fixed for s, r in zip(self.stages, self.order.placement, strict=True) if r == rank)
@@ -260,6 +270,9 @@ class _Run:
                         ready.append(waiting.pop(made))
         if waiting:
             raise OptionError(self.deadlock(waiting), "let each action come after what it waits for")
+        end = max(events[-1].end for events in self.events)
+        for stage, _ in self.going:
+            self.changes[self.order.placement[stage]].append((end, 1, -self.stages[stage].returns))
 
     def deadlock(self, waiting: Mapping[Key, int]) -> str:
         lines = list[str]()
@@ -277,11 +290,15 @@ class _Run:
         start = max([before[-1].end if before else 0.0, *came])
         end = start + stage.seconds(action.kind)
         before.append(Event(rank, action, start, end))
+        if action.kind == "F":
+            self.acknowledge(action, start)
         extra = stage.extra(action.kind)
         self.changes[rank] += [
             (start, 1, extra),
             (end, 1, stage.change(action.kind) - extra - self.received(action)),
         ]
+        if action.kind in "BW":
+            self.leave(action, end)
         made: list[Key] = [(action.kind, action.stage, action.microbatch)]
         self.known[made[0]] = end
         hands = _hands(action, self.last)
@@ -295,6 +312,24 @@ class _Run:
             made += [self.send(rank, one, end) for one in self.held[rank]]
             self.held[rank] = []
         return made
+
+    def acknowledge(self, action: Action, now: float) -> None:
+        """What comes for a forward tells which gradients the stage before has read."""
+        stage = self.stages[action.stage]
+        for microbatch in self.read[action.stage].get(action.microbatch, ()):
+            one = action.stage, microbatch
+            self.come.add(one)
+            if one in self.going:
+                self.going.remove(one)
+                self.changes[self.order.placement[action.stage]].append((now, 1, -stage.returns))
+
+    def leave(self, action: Action, now: float) -> None:
+        """When a stage is done with a microbatch, its gradient may still be on its way to another rank."""
+        placement, one = self.order.placement, (action.stage, action.microbatch)
+        away = action.stage > 0 and placement[action.stage - 1] != placement[action.stage]
+        if away and one not in self.come:
+            self.going.add(one)
+            self.changes[placement[action.stage]].append((now, 1, self.stages[action.stage].returns))
 
     def size(self, action: Action) -> int:
         """Bytes that an action hands on."""
