@@ -8,6 +8,8 @@ dynamic       float8 and int8 with a scale a row, what quantizes x included, in 
               PyTorch's with our quantize_rows, `eager` the same with x quantized by PyTorch's operators, `mm`
               our operator without quantization. Q2 asks for 1.5 times bf16 from 4096 on.
 rows          quantize_rows in GB/s beside PyTorch's operators.
+fused         norm_quantize and glu_quantize in GB/s of the least traffic, beside our norm or gated activation
+              with quantize_rows behind it, and beside torch.compile of PyTorch's operators.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from measure import report
 
-from fxaccel.kernels import _quantized, quantize_rows, quantized_linear, weight_only_linear
+from fxaccel.kernels import (
+    _quantized,
+    add_rms_norm,
+    glu,
+    glu_quantize,
+    norm_quantize,
+    quantize_rows,
+    quantized_linear,
+    weight_only_linear,
+)
 
 GROUP = 64
 WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336))  # N, K
@@ -134,6 +145,29 @@ def run_rows(m: int, k: int) -> None:
         report("quantize_rows", f"{kind} bf16 [{m}, {k}]", calls, 3 * m * k / 1e3, "GB/s")
 
 
+def run_fused(m: int, k: int) -> None:
+    """One size in both formats: residual, RMSNorm and rounding; SwiGLU and rounding."""
+    x, other, w, eps = random(m, k), random(m, k), random(k), 1e-6
+    torch._dynamo.reset()
+    norm, gated = torch.compile(norm_quantize.reference), torch.compile(glu_quantize.reference)
+    for kind in (FLOAT8, torch.int8):
+        normed = (x, other, w, None, eps, False, 0.0, False, kind)
+        calls = {
+            "compile": lambda given=normed: norm(*given),
+            "apart": lambda kind=kind: quantize_rows.op(
+                add_rms_norm.op(x, other, w, eps, 0.0, False, None)[0], kind
+            ),
+            "ours": lambda given=normed: norm_quantize.op(*given),
+        }
+        report("norm_quantize", f"{kind} bf16 [{m}, {k}]", calls, 7 * m * k / 1e3, "GB/s")
+        calls = {
+            "compile": lambda kind=kind: gated(x, other, "silu", kind),
+            "apart": lambda kind=kind: quantize_rows.op(glu.op(x, other, "silu"), kind),
+            "ours": lambda kind=kind: glu_quantize.op(x, other, "silu", kind),
+        }
+        report("glu_quantize", f"{kind} bf16 [{m}, {k}]", calls, 5 * m * k / 1e3, "GB/s")
+
+
 def main() -> None:
     """Every case."""
     with torch.no_grad():
@@ -143,6 +177,7 @@ def main() -> None:
             run_dynamic(*size)
         for k in (1024, 4096, 16384, 65536):
             run_rows(4096, k)
+            run_fused(4096, k)
 
 
 if __name__ == "__main__":
