@@ -42,19 +42,26 @@ class Asked:
     devices         ranks, each with one stage or several
     batch           of a step
     schedules       to choose from;  microbatches: counts to choose from
-    memory          bytes of each device
+    memory          bytes of all devices, or of each
     """
 
     devices: int
     batch: int
     schedules: Sequence[str]
     microbatches: Sequence[int]
-    memory: float
+    memory: float | tuple[float, ...]
     link: Link
     optimizer: str
 
+    @property
+    def caps(self) -> tuple[float, ...]:
+        """Bytes of each device."""
+        return self.memory if isinstance(self.memory, tuple) else (self.memory,) * self.devices
+
     def __str__(self) -> str:
-        room = "" if math.isinf(self.memory) else f", {said(self.memory)} each"
+        each = " each" if isinstance(self.memory, float) else ""
+        caps = self.caps[:1] if each else self.caps
+        room = "" if math.inf in caps else f", {' and '.join(map(said, caps))}{each}"
         rate = self.link.bandwidth / 1e9
         link = "" if math.isinf(rate) else f", {rate:.4g} GB/s between them"
         return f"{self.devices} devices{room}{link}, a batch of {self.batch}"
@@ -82,21 +89,26 @@ class Pipeline:
         """What its stages cost; what they are is kept."""
         many, size = candidate.microbatches, self.asked.batch // candidate.microbatches
         order = orders.order(candidate.schedule, candidate.ranks, many, candidate.chunks)
-        count, cap, best = len(order.placement), self.asked.memory, math.inf
-        free = Terms(count, math.inf, self.asked.link, 1, STATES[self.asked.optimizer], (1,) * count, many)
+        count, caps, least = len(order.placement), self.asked.caps, math.inf
+        free = Terms(
+            count, (math.inf,) * count, self.asked.link, 1, STATES[self.asked.optimizer], (1,) * count, many
+        )
         terms, stages = free, list[Stage]()
-        room = math.inf
+        rooms = caps
         for attempt in range(TRIES):
             found = self.within(size, terms)
             made = costs(self.step(size), terms, found, order)
-            most = max(simulate(order, made, self.asked.link).peaks)
-            if most < best:
-                best, stages = most, made
+            peaks = simulate(order, made, self.asked.link).peaks
+            lacks = max(peak - cap for peak, cap in zip(peaks, caps, strict=True))
+            if not stages or lacks < least:
+                least, stages = lacks, made
                 self.found[candidate] = self.step(size), replace(free, in_flight=order.in_flight()), found
-            if most <= cap:
+            if lacks <= 0:
                 break
-            room = cap if attempt == 0 else 0.0 if attempt == TRIES - 2 else max(room - (most - cap), 0.0)
-            terms = replace(free, in_flight=order.in_flight(), memory=room / candidate.chunks)
+            if attempt:
+                rooms = tuple(0.0 if attempt == TRIES - 2 else max(room - lacks, 0.0) for room in rooms)
+            memory = tuple(rooms[rank] / candidate.chunks for rank in order.placement)
+            terms = replace(free, in_flight=order.in_flight(), memory=memory)
         return stages
 
     def within(self, size: int, terms: Terms) -> Cut:
@@ -105,7 +117,7 @@ class Pipeline:
             try:
                 return self.cut(size, terms)
             except Scarce as error:  # which does not count what several stages read until there is a cut
-                terms = replace(terms, memory=max(math.ceil(error.least), terms.memory + 1))
+                terms = replace(terms, memory=tuple(m + max(math.ceil(error.lacks), 1) for m in terms.memory))
 
     def plan(self, candidate: Candidate) -> Plan:
         """Of one that has been asked for."""
@@ -170,10 +182,11 @@ class Study:
     def option(self) -> str:
         """The pass with the options that cut so."""
         one, asked = self.choice.candidate, self.asked
+        caps = asked.caps[:1] if isinstance(asked.memory, float) else asked.caps
         options = {
             "stages": len(self.plan.stages), "microbatches": one.microbatches, "schedule": one.schedule,
             "chunks": one.chunks if one.chunks > 1 else None,
-            "memory": None if math.isinf(asked.memory) else f"{asked.memory / 2**20:.6g}MiB",
+            "memory": None if math.inf in caps else "|".join(f"{cap / 2**20:.6g}MiB" for cap in caps),
             "bandwidth": None if math.isinf(asked.link.bandwidth) else f"{asked.link.bandwidth:g}",
             "optimizer": None if asked.optimizer == "none" else asked.optimizer,
         }  # fmt: skip
@@ -221,7 +234,7 @@ class Study:
         return json.dumps(
             {
                 "schema": "fxaccel-pipeline/1", "devices": self.asked.devices, "batch": self.asked.batch,
-                "memory": None if math.isinf(self.asked.memory) else self.asked.memory,
+                "memory": None if math.inf in self.asked.caps else self.asked.memory,
                 **asdict(self.choice.candidate), "seconds": found.seconds, "bubble": found.bubble,
                 "busy": found.busy, "peaks": found.peaks, "sent": sum(found.sent.values()),
                 "placement": found.order.placement, "pass": self.option, "plan": asdict(self.plan),
@@ -249,9 +262,10 @@ def study(
     plain: Any = one
     size, many = counts(program, batch, microbatches)
     terms = replace(plain, schedule="1F1B", chunks=None, microbatches=1).terms()
+    caps: float | tuple[float, ...] = terms.memory if len(one.memories()) > 1 else terms.memory[0]
     schedules = orders.SCHEDULES if schedule is None else (orders.named(schedule),)
     asked = Asked(
-        terms.stages, size, schedules, many, terms.memory, replace(terms.link, latency=latency), one.optimizer
+        terms.stages, size, schedules, many, caps, replace(terms.link, latency=latency), one.optimizer
     )
     pipeline = Pipeline(program, one, asked)
     choice = choose(pipeline, list(candidates(asked.devices, many, schedules)), asked.memory, asked.link)
