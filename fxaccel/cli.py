@@ -215,7 +215,7 @@ def plan(
         int | None, typer.Option(help="in place of a budget: devices of a pipeline, for which it is cut")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="of a step of the pipeline; that of the example")] = None,
-    memory: Annotated[str | None, typer.Option(help="of each of its devices: 6GiB")] = None,
+    memory: Annotated[str | None, typer.Option(help="of each of its devices: 6GiB, or 6GiB,4GiB")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="bytes a second between them: 10e9")] = None,
     latency: Annotated[float | None, typer.Option(help="seconds before the first byte is there")] = None,
     schedule: Annotated[str | None, typer.Option(help="by its name in torch; without it, chosen")] = None,
@@ -270,7 +270,8 @@ def _partition(
 ) -> tuple[Any, Path | None, dict[str, Any]]:  # fmt: skip
     """The same for a pipeline."""
     cls: Any = available()["partition"]
-    one = cls(stages=stages, memory=memory, bandwidth=bandwidth, optimizer=optimizer)
+    told = None if memory is None else memory.replace(",", "|")
+    one = cls(stages=stages, memory=told, bandwidth=bandwidth, optimizer=optimizer)
     if timeline is not None:
         check_drawable(timeline)
     name = None if schedule is None else named(schedule)

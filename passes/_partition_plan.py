@@ -35,7 +35,7 @@ class Terms:
     """What a cut is chosen by.
 
     stages          how many
-    memory          bytes of each stage's device
+    memory          bytes that each stage may hold
     link            between two stages
     microbatches    that the captured batch is cut into
     states          tensors that the optimizer keeps for each parameter
@@ -44,7 +44,7 @@ class Terms:
     """
 
     stages: int
-    memory: float
+    memory: tuple[float, ...]
     link: Link
     microbatches: int
     states: int
@@ -290,7 +290,7 @@ def _best(
         if best is None or (found.slowest, found.balanced.sent) < (best.slowest, best.balanced.sent):
             best = found
     if best is None:
-        raise min(refused, key=lambda e: e.least if isinstance(e, Scarce) else math.inf)
+        raise min(refused, key=lambda e: e.lacks if isinstance(e, Scarce) else math.inf)
     parts = {g: sum(step.seconds.get(n, 0.0) for n in own) for g, own in links.members.items()}
     return replace(best, least=bound(links.graph(), parts, terms.stages) / terms.microbatches)
 
@@ -313,7 +313,8 @@ def _cut(step: Step, terms: Terms, groups: list[list[fx.Node]], at: list[int]) -
         )
 
     found = balanced(every=False)
-    if max(_held(step, terms, groups, found.cuts, forward)) > terms.memory:
+    held = _held(step, terms, groups, found.cuts, forward)
+    if any(h > m for h, m in zip(held, terms.memory, strict=True)):
         found = balanced(every=True)  # all stages that read a parameter hold it, so each reader counts it
     shared, seconds, sizes = _shared(step, groups, found.cuts), list(found.seconds), step.sizes()
     for name in shared.keys() & step.trains:

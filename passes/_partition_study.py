@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fxaccel.errors import OptionError
-from fxaccel.formulas import Sizes
 from fxaccel.ir import Program
-from fxaccel.passes._checkpoint_curve import batch as batch_of
 from fxaccel.passes._partition_costs import costs
 from fxaccel.passes._partition_plan import Cut, Step, Terms, cut
 from fxaccel.passes.checkpoint import STATES, said
@@ -30,6 +28,7 @@ from fxaccel.pipeline.choice import Candidate, Choice, candidates, choose, divis
 from fxaccel.pipeline.simulator import Link, Stage, simulate
 from fxaccel.profile import profile
 from fxaccel.roofline import speed
+from fxaccel.stages import batch, sizes
 
 ROWS = 12  # of a table of what was tried
 TRIES = 4  # cuts of one candidate with ever less room, of which the last has the least that can be
@@ -42,19 +41,26 @@ class Asked:
     devices         ranks, each with one stage or several
     batch           of a step
     schedules       to choose from;  microbatches: counts to choose from
-    memory          bytes of each device
+    memory          bytes of all devices, or of each
     """
 
     devices: int
     batch: int
     schedules: Sequence[str]
     microbatches: Sequence[int]
-    memory: float
+    memory: float | tuple[float, ...]
     link: Link
     optimizer: str
 
+    @property
+    def caps(self) -> tuple[float, ...]:
+        """Bytes of each device."""
+        return self.memory if isinstance(self.memory, tuple) else (self.memory,) * self.devices
+
     def __str__(self) -> str:
-        room = "" if math.isinf(self.memory) else f", {said(self.memory)} each"
+        each = "" if isinstance(self.memory, tuple) else " each"
+        caps = self.caps[:1] if each else self.caps
+        room = "" if math.inf in caps else f", {' and '.join(map(said, caps))}{each}"
         rate = self.link.bandwidth / 1e9
         link = "" if math.isinf(rate) else f", {rate:.4g} GB/s between them"
         return f"{self.devices} devices{room}{link}, a batch of {self.batch}"
@@ -82,21 +88,26 @@ class Pipeline:
         """What its stages cost; what they are is kept."""
         many, size = candidate.microbatches, self.asked.batch // candidate.microbatches
         order = orders.order(candidate.schedule, candidate.ranks, many, candidate.chunks)
-        count, cap, best = len(order.placement), self.asked.memory, math.inf
-        free = Terms(count, math.inf, self.asked.link, 1, STATES[self.asked.optimizer], (1,) * count, many)
+        count, caps, least = len(order.placement), self.asked.caps, math.inf
+        free = Terms(
+            count, (math.inf,) * count, self.asked.link, 1, STATES[self.asked.optimizer], (1,) * count, many
+        )
         terms, stages = free, list[Stage]()
-        room = math.inf
+        rooms = caps
         for attempt in range(TRIES):
             found = self.within(size, terms)
             made = costs(self.step(size), terms, found, order)
-            most = max(simulate(order, made, self.asked.link).peaks)
-            if most < best:
-                best, stages = most, made
+            peaks = simulate(order, made, self.asked.link).peaks
+            lacks = max(peak - cap for peak, cap in zip(peaks, caps, strict=True))
+            if not stages or lacks < least:
+                least, stages = lacks, made
                 self.found[candidate] = self.step(size), replace(free, in_flight=order.in_flight()), found
-            if most <= cap:
+            if lacks <= 0:
                 break
-            room = cap if attempt == 0 else 0.0 if attempt == TRIES - 2 else max(room - (most - cap), 0.0)
-            terms = replace(free, in_flight=order.in_flight(), memory=room / candidate.chunks)
+            if attempt:
+                rooms = tuple(0.0 if attempt == TRIES - 2 else max(room - lacks, 0.0) for room in rooms)
+            memory = tuple(rooms[rank] / candidate.chunks for rank in order.placement)
+            terms = replace(free, in_flight=order.in_flight(), memory=memory)
         return stages
 
     def within(self, size: int, terms: Terms) -> Cut:
@@ -105,7 +116,7 @@ class Pipeline:
             try:
                 return self.cut(size, terms)
             except Scarce as error:  # which does not count what several stages read until there is a cut
-                terms = replace(terms, memory=max(math.ceil(error.least), terms.memory + 1))
+                terms = replace(terms, memory=tuple(m + max(math.ceil(error.lacks), 1) for m in terms.memory))
 
     def plan(self, candidate: Candidate) -> Plan:
         """Of one that has been asked for."""
@@ -115,44 +126,37 @@ class Pipeline:
 
 def sized(program: Program, size: int) -> Program:
     """The program at another batch; its graph is shared, and with it what each stage makes again."""
-    try:
-        name = batch_of(program)
-    except OptionError:
-        return program  # of the one size that it takes
-    sizes = Sizes(program)
-    return replace(program, hints=sizes.all(sizes.point({name: size})) or {}, _facts=program._facts)
+    return replace(program, hints=sizes(program, size), _facts=program._facts)
 
 
 def captured(program: Program) -> tuple[int, bool]:
     """The batch of the example, and whether others are taken."""
     try:
-        name = batch_of(program)
+        return program.hints[batch(program)], True
     except OptionError:
         first = next(iter(program.input_nodes()), None)
         shape: Any = first.meta["val"].shape if first is not None else ()
         return (int(shape[0]) if len(shape) else 1), False
-    sizes = Sizes(program)
-    return next(program.hints[s] for s, n in sizes.names.items() if n == name), True
 
 
-def counts(program: Program, batch: int | None, microbatches: int | None) -> tuple[int, tuple[int, ...]]:
+def counts(program: Program, asked: int | None, microbatches: int | None) -> tuple[int, tuple[int, ...]]:
     """The batch, and the counts of microbatches that it can be cut into."""
     example, others = captured(program)
-    batch = example if batch is None else batch
-    found = divisors(batch)
+    size = example if asked is None else asked
+    found = divisors(size)
     if not others:
-        found = tuple(m for m in found if m * example == batch)
+        found = tuple(m for m in found if m * example == size)
     if not found:
         raise OptionError(
-            f"the step was captured for a batch of {example} alone, of which {batch} is no multiple",
+            f"the step was captured for a batch of {example} alone, of which {size} is no multiple",
             "capture with a batch of two or more, the first dimension of the first input",
         )
     if microbatches is not None and microbatches not in found:
         raise OptionError(
-            f"a batch of {batch} cannot be cut into {microbatches} microbatches",
+            f"a batch of {size} cannot be cut into {microbatches} microbatches",
             f"expected one of {', '.join(map(str, found))}",
         )
-    return batch, found if microbatches is None else (microbatches,)
+    return size, found if microbatches is None else (microbatches,)
 
 
 @dataclass(frozen=True)
@@ -170,10 +174,11 @@ class Study:
     def option(self) -> str:
         """The pass with the options that cut so."""
         one, asked = self.choice.candidate, self.asked
+        caps = asked.caps if isinstance(asked.memory, tuple) else asked.caps[:1]
         options = {
             "stages": len(self.plan.stages), "microbatches": one.microbatches, "schedule": one.schedule,
             "chunks": one.chunks if one.chunks > 1 else None,
-            "memory": None if math.isinf(asked.memory) else f"{asked.memory / 2**20:.6g}MiB",
+            "memory": None if math.inf in caps else "|".join(f"{cap / 2**20:.6g}MiB" for cap in caps),
             "bandwidth": None if math.isinf(asked.link.bandwidth) else f"{asked.link.bandwidth:g}",
             "optimizer": None if asked.optimizer == "none" else asked.optimizer,
         }  # fmt: skip
@@ -221,7 +226,7 @@ class Study:
         return json.dumps(
             {
                 "schema": "fxaccel-pipeline/1", "devices": self.asked.devices, "batch": self.asked.batch,
-                "memory": None if math.isinf(self.asked.memory) else self.asked.memory,
+                "memory": None if math.inf in self.asked.caps else self.asked.memory,
                 **asdict(self.choice.candidate), "seconds": found.seconds, "bubble": found.bubble,
                 "busy": found.busy, "peaks": found.peaks, "sent": sum(found.sent.values()),
                 "placement": found.order.placement, "pass": self.option, "plan": asdict(self.plan),
@@ -249,9 +254,10 @@ def study(
     plain: Any = one
     size, many = counts(program, batch, microbatches)
     terms = replace(plain, schedule="1F1B", chunks=None, microbatches=1).terms()
+    caps: float | tuple[float, ...] = terms.memory if len(one.memories()) > 1 else terms.memory[0]
     schedules = orders.SCHEDULES if schedule is None else (orders.named(schedule),)
     asked = Asked(
-        terms.stages, size, schedules, many, terms.memory, replace(terms.link, latency=latency), one.optimizer
+        terms.stages, size, schedules, many, caps, replace(terms.link, latency=latency), one.optimizer
     )
     pipeline = Pipeline(program, one, asked)
     choice = choose(pipeline, list(candidates(asked.devices, many, schedules)), asked.memory, asked.link)

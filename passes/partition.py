@@ -92,8 +92,9 @@ class Partition(Pass):
 
     stages          how many; if `at` is given, one more than its places where left out
     at              module paths or names of calls before which a stage begins in any case
-    memory          of each device, "6GiB", an equal part for each of its stages: parameters with gradients
-                    and the optimizer's state, and what waits for backward of the microbatches in flight
+    memory          of each device, "6GiB", or of one after the other, ["6GiB", "4GiB"], in text 6GiB|4GiB; an
+                    equal part for each of its stages: parameters with gradients and the optimizer's state,
+                    and what waits for backward of the microbatches in flight
     bandwidth       bytes a second between stages; without it sending takes no time
     microbatches    that the captured batch is to be cut into
     optimizer       whose state counts: none, sgd, momentum, adam, adamw
@@ -108,7 +109,7 @@ class Partition(Pass):
 
     stages: int | None = None
     at: tuple[str, ...] | str = ()
-    memory: str | None = None
+    memory: str | tuple[str, ...] | None = None
     bandwidth: float | None = None
     microbatches: int = 1
     optimizer: str = "none"
@@ -128,12 +129,27 @@ class Partition(Pass):
             raise OptionError(f"optimizer is {self.optimizer!r}, expected one of {', '.join(STATES)}")
         if self.bandwidth is not None and not self.bandwidth > 0:
             raise OptionError(f"bandwidth is {self.bandwidth!r}, expected bytes a second, above 0")
-        if self.memory is not None and not _bytes(self.memory):
-            raise OptionError(f"memory is {self.memory!r}, expected bytes with a unit", 'as memory="6GiB"')
+        for one in self.memories():
+            if not read(one)[1]:
+                raise OptionError(f"memory is {one!r}, expected bytes with a unit", 'as memory="6GiB"')
 
     def places(self) -> tuple[str, ...]:
         """The places of `at`."""
         return tuple(self.at.split("|")) if isinstance(self.at, str) and self.at else tuple(self.at)
+
+    def memories(self) -> tuple[str, ...]:
+        """Those that `memory` tells: none, one for all devices, or one for each."""
+        return tuple(self.memory.split("|")) if isinstance(self.memory, str) else tuple(self.memory or ())
+
+    def rooms(self, devices: int) -> tuple[float, ...]:
+        """Bytes of each device."""
+        told = [read(one)[0] for one in self.memories()] or [math.inf]
+        if len(told) not in (1, devices):
+            raise OptionError(
+                f"memory is of {len(told)} devices, expected one for all or one for each of {devices}",
+                'as memory="6GiB", or memory=["6GiB", "4GiB"] of two',
+            )
+        return tuple(told * (devices // len(told)))
 
     def terms(self) -> Terms:
         """What a cut is chosen by."""
@@ -143,11 +159,14 @@ class Partition(Pass):
             raise OptionError(
                 f"{self.schedule} has {chunks} stages on each device, which {stages} stages do not give"
             )
-        flight = (1,) * stages  # of one microbatch, which any order runs
+        devices, flight = stages // chunks, (1,) * stages  # of one microbatch, which any order runs
         if self.microbatches > 1:
-            flight = orders.order(self.schedule, stages // chunks, self.microbatches, chunks).in_flight()
+            flight = orders.order(self.schedule, devices, self.microbatches, chunks).in_flight()
+        rooms, placement = self.rooms(devices), tuple(range(stages))
+        if chunks > 1:
+            placement = orders.order(self.schedule, devices, 2 * devices, chunks).placement  # of any count
         return Terms(
-            stages, (math.inf if self.memory is None else _bytes(self.memory)) / chunks,
+            stages, tuple(rooms[device] / chunks for device in placement),
             Link(bandwidth=self.bandwidth or math.inf), self.microbatches, STATES[self.optimizer], flight,
             self.microbatches,
         )  # fmt: skip
@@ -212,11 +231,6 @@ def _move(calls: list[fx.Node], made_again: set[fx.Node], output: fx.Node) -> No
             placed.add(one)
             if one is not output:
                 output.prepend(one)
-
-
-def _bytes(text: str) -> float:
-    amount, bytes_asked = read(text)
-    return amount if bytes_asked else 0.0
 
 
 def _position(place: str, groups: list[list[fx.Node]]) -> int:

@@ -223,6 +223,13 @@ def test_a_pipeline_is_printed_before_anything_runs(run, tmp_path):
     assert (tmp_path / "step.txt").read_text().startswith("rank 0 |F0")
 
 
+def test_a_pipeline_of_devices_with_memories_of_their_own(run):
+    got = found(run, "plan_models:build", "--stages", "2", "--memory", "2MiB,1MiB", "--schedule", "1f1b")
+    assert got["memory"] == [2 * 2**20, 2**20]
+    assert "memory=2MiB|1MiB" in got["pass"]
+    assert all(p <= c for p, c in zip(got["peaks"], got["memory"], strict=True))
+
+
 def test_a_pipeline_as_json_and_as_a_picture(run, tmp_path):
     words = (
         "--stages",

@@ -74,11 +74,11 @@ class Balanced:
 
 
 class Scarce(OptionError):
-    """No cut fits; least: bytes of a device for which one does."""
+    """No cut fits; lacks: bytes more on each device with which one does."""
 
-    def __init__(self, message: str, hint: str | None = None, least: float = math.inf) -> None:
+    def __init__(self, message: str, hint: str | None = None, lacks: float = math.inf) -> None:
         super().__init__(message, hint)
-        self.least = least
+        self.lacks = lacks
 
 
 def balance(
@@ -98,7 +98,7 @@ def balance(
     sums = _Sums(chain, stages, room, flight, link, at)
     least = _least(sums, sums.seconds)
     if math.isinf(least):
-        raise _refused(sums, memory)
+        raise _refused(sums, room)
     return sums.balanced(_cuts(sums, least))
 
 
@@ -242,10 +242,9 @@ def _cuts(sums: _Sums, least: float) -> list[int]:
     return cuts
 
 
-def _refused(sums: _Sums, memory: float | Sequence[float]) -> OptionError:
-    lacks = _least(sums, sums.lacks)
-    message = f"expected {sums.stages} stages within {memory} bytes, came none"
-    if isinstance(memory, Sequence):
-        return OptionError(message, f"the smallest memory that does is {lacks:.0f} bytes more on each device")
-    least = memory + lacks
-    return Scarce(message, f"the smallest memory that does is {least:.0f} bytes a device", least)
+def _refused(sums: _Sums, room: Sequence[float]) -> OptionError:
+    lacks, alike = _least(sums, sums.lacks), len(set(room)) == 1
+    least = f"{room[0] + lacks:.0f} bytes a device" if alike else f"{lacks:.0f} bytes more on each device"
+    within = room[0] if alike else list(room)
+    message = f"expected {sums.stages} stages within {within} bytes, came none"
+    return Scarce(message, f"the smallest memory that does is {least}", lacks)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fxaccel
+from fxaccel.discover import resolve
 from fxaccel.errors import OptionError
 from fxaccel.passes import Partition
 from fxaccel.passes._partition_study import sized
@@ -63,6 +64,33 @@ def test_a_cut_that_lacks_memory_is_made_again():
     assert tight.plan.order != free.plan.order
 
 
+def test_each_device_has_its_own_memory():
+    """Most of the parameters are the embedding's, for which the first device has too little."""
+    model = nn.Sequential(nn.Embedding(400, 8), *(nn.Linear(8, 8) for _ in range(6)), nn.Linear(8, 1))
+    words, only = program_of(model, torch.randint(0, 400, (64, 8))), {"microbatches": 4, "schedule": "1f1b"}
+    free = Partition(stages=2).study(words, **only).choice.simulated.peaks
+    caps = free[0] - 1024, 2 * free[0]
+    tight = Partition(stages=2, memory=[f"{c / 2**10}KiB" for c in caps]).study(words, **only)
+    peaks = tight.choice.simulated.peaks
+    assert all(p <= c for p, c in zip(peaks, caps, strict=True))
+    assert peaks[1] > free[1]
+    assert " each" not in str(tight.asked)
+    again = resolve([tight.option])[0].plan(words)
+    assert all(s.held <= c for s, c in zip(again.stages, caps, strict=True))
+    with pytest.raises(OptionError, match=r"expected a schedule within \[1024\.0, 2097152\.0\] bytes"):
+        Partition(stages=2, memory=["1KiB", "2MiB"]).study(words, **only)
+
+
+def test_the_memory_of_a_device_is_that_of_its_stages():
+    parted = Partition(stages=4, memory="6GiB|4GiB", schedule="zbvzerobubble").terms().memory
+    assert parted == tuple(n * 2**30 for n in (3, 2, 2, 3))
+    assert Partition(stages=2, memory=("6GiB", "4GiB")).terms().memory == (6 * 2**30, 4 * 2**30)
+    with pytest.raises(OptionError, match=r"memory is of 3 devices, .* each of 2\n?.*hint: as memory="):
+        Partition(stages=2, memory=["1GiB"] * 3).terms()
+    with pytest.raises(OptionError, match="'six', expected bytes"):
+        Partition(stages=2, memory=["6GiB", "six"])
+
+
 def test_a_microbatch_costs_what_a_run_of_its_size_does(program):
     small = profile(sized(program, 4))
     again = profile(program_of(Chain((8, 64, 64, 64, 64, 32, 8)), torch.randn(4, 8)))
@@ -88,3 +116,12 @@ def test_a_fixed_batch_is_that_of_a_microbatch():
     other = program_of(Chain(), torch.randn(6, 8))
     with pytest.raises(OptionError, match=r"a batch of 6 cannot be cut into 4 .*\n?.*one of 1, 2, 3, 6"):
         Partition(stages=2).study(other, microbatches=4)
+
+
+def test_a_batch_that_the_guards_do_not_take_is_refused(program):
+    assert sized(program, 8).hints == program.hints
+    with pytest.raises(OptionError, match=r"a batch of 1 is not taken, expected sizes with 2 <="):
+        sized(program, 1)
+    one = Partition(stages=2).study(program, batch=8).choice
+    assert {t.candidate.microbatches for t in one.tried} == {1, 2, 4}
+    assert any(c.microbatches == 8 and "a batch of 1 is not taken" in why for c, why in one.left_out)
