@@ -83,7 +83,8 @@ class Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         """The gradient of x, which has one itself."""
-        return dy * factor(*ctx.saved_tensors, ctx.dropout_p, dy.dtype), None
+        (kept,) = ctx.saved_tensors
+        return dy * factor(kept, ctx.dropout_p, dy.dtype), None
 
 
 _operator.differentiate(op, Dropout.apply)

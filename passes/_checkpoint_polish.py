@@ -40,7 +40,8 @@ class Polish:
         ] = []  # what would save time if there were more room
         self.movable = frozenset(movable(self.profile) if link else ())
         self.droppable = frozenset(worth(self.profile))
-        self.bundles = sorted(bundles(chain, self.droppable | self.movable), key=self.price)
+        found = sorted(bundles(chain, self.droppable | self.movable), key=self.price)
+        self.bundles = {bundle: self.nbytes(bundle) for bundle in found}
 
     def draft(self, sketch: Sketch) -> Draft:
         """Of a sketch, with the times of its copies."""
@@ -110,8 +111,12 @@ class Polish:
 
         With the seconds that this takes at least, the fastest first; at last with several that cost little.
         """
-        together = Bundle()
-        for bundle in self.bundles:
+        together, room = Bundle(), 0
+        for bundle, nbytes in self.bundles.items():
+            if self.left <= 0:
+                return
+            if nbytes < over <= room:
+                continue
             gone = bundle - self.sketch.dropped - sketch.moved
             if not gone:
                 continue
@@ -120,7 +125,8 @@ class Polish:
                     yield 0.0, replace(sketch, moved=sketch.moved | gone)
                 if gone <= self.droppable and self.price(gone) < saves:
                     yield self.price(gone), replace(sketch, dropped=sketch.dropped | gone)
-            if self.nbytes(together) < over and gone <= self.droppable:
+            if room < over and gone <= self.droppable:
+                room += self.nbytes(gone - together)
                 together |= gone
         if self.price(together) < saves:
             yield self.price(together), replace(sketch, dropped=sketch.dropped | together)
