@@ -132,7 +132,7 @@ class Step:
             one.forget()
         for end in self.ends:  # at once: the next call may save nothing, and tell nobody that it is reached
             slot = end()
-            if slot is not None:
+            if slot is not None and slot.recipes:  # else who still holds it has nothing to make it by
                 slot.free()
 
 

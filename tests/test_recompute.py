@@ -174,6 +174,26 @@ def test_branches_are_gone_back_through_each_once(order):
         equal(torch.autograd.grad(ours[i].sum(), own), torch.autograd.grad(wanted[i].sum(), own))
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_the_last_reader_is_not_the_last_to_be_gone_back_through(order):
+    weights = {name: torch.nn.Parameter(torch.randn(4, 4)) for name in "abc"}
+
+    def forward(m, x):
+        mask = x.exp()  # which has no gradient: the results have no call in common that saves anything
+        return [(w * mask).sum() for w in (m.a, m.b, m.c)]
+
+    model = Method(forward, **weights)
+    step = Captured(model, torch.randn(4, 4))
+    outputs = [listed(made(*step.args)) for made in (step.scheduled("exp"), step.emitted())]
+    found = []
+    for results in outputs:
+        model.zero_grad()
+        for i in order:
+            results[i].backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_results_that_the_caller_lets_go_are_not_missed(kept):
     step = three()
