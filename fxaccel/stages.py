@@ -21,7 +21,6 @@ from fxaccel.cost import node_flops
 from fxaccel.effects import aliased_arguments, flowing, has_effect, learned, written
 from fxaccel.errors import OptionError
 from fxaccel.ir import Program, expr, is_tensor, number
-from fxaccel.proof import holds
 from fxaccel.schedule import Schedule
 
 _SIZE = torch.ops.aten.sym_size.int
@@ -259,18 +258,7 @@ def microbatch(program: Program, count: int) -> dict[str, int]:
         raise OptionError(
             f"the captured batch of {size * count + rest} cannot be cut into {count} equal microbatches"
         )
-    return sizes(program, size)
-
-
-def sizes(program: Program, size: int) -> dict[str, int]:
-    """The sizes of the program at another batch; OptionError where its guards do not take that."""
-    found = {**program.hints, **dict.fromkeys(program.facts(batches), size)}
-    if not holds(program.guards, found):
-        raise OptionError(
-            f"a batch of {size} is not taken, expected sizes with {', '.join(program.guards)}",
-            "capture with a batch that is like it",
-        )
-    return found
+    return {**program.hints, **dict.fromkeys(program.facts(batches), size)}
 
 
 # -- a stage as a program --------------------------------------------------------------------------

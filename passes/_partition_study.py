@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fxaccel.errors import OptionError
+from fxaccel.formulas import Sizes
 from fxaccel.ir import Program
+from fxaccel.passes._checkpoint_curve import batch as batch_of
 from fxaccel.passes._partition_costs import costs
 from fxaccel.passes._partition_plan import Cut, Step, Terms, cut
 from fxaccel.passes.checkpoint import STATES, said
@@ -28,7 +30,6 @@ from fxaccel.pipeline.choice import Candidate, Choice, candidates, choose, divis
 from fxaccel.pipeline.simulator import Link, Stage, simulate
 from fxaccel.profile import profile
 from fxaccel.roofline import speed
-from fxaccel.stages import batch, sizes
 
 ROWS = 12  # of a table of what was tried
 TRIES = 4  # cuts of one candidate with ever less room, of which the last has the least that can be
@@ -58,7 +59,7 @@ class Asked:
         return self.memory if isinstance(self.memory, tuple) else (self.memory,) * self.devices
 
     def __str__(self) -> str:
-        each = "" if isinstance(self.memory, tuple) else " each"
+        each = " each" if isinstance(self.memory, float) else ""
         caps = self.caps[:1] if each else self.caps
         room = "" if math.inf in caps else f", {' and '.join(map(said, caps))}{each}"
         rate = self.link.bandwidth / 1e9
@@ -126,37 +127,44 @@ class Pipeline:
 
 def sized(program: Program, size: int) -> Program:
     """The program at another batch; its graph is shared, and with it what each stage makes again."""
-    return replace(program, hints=sizes(program, size), _facts=program._facts)
+    try:
+        name = batch_of(program)
+    except OptionError:
+        return program  # of the one size that it takes
+    sizes = Sizes(program)
+    return replace(program, hints=sizes.all(sizes.point({name: size})) or {}, _facts=program._facts)
 
 
 def captured(program: Program) -> tuple[int, bool]:
     """The batch of the example, and whether others are taken."""
     try:
-        return program.hints[batch(program)], True
+        name = batch_of(program)
     except OptionError:
         first = next(iter(program.input_nodes()), None)
         shape: Any = first.meta["val"].shape if first is not None else ()
         return (int(shape[0]) if len(shape) else 1), False
+    sizes = Sizes(program)
+    return next(program.hints[s] for s, n in sizes.names.items() if n == name), True
 
 
-def counts(program: Program, asked: int | None, microbatches: int | None) -> tuple[int, tuple[int, ...]]:
+def counts(program: Program, batch: int | None, microbatches: int | None) -> tuple[int, tuple[int, ...]]:
     """The batch, and the counts of microbatches that it can be cut into."""
     example, others = captured(program)
-    size = example if asked is None else asked
-    found = divisors(size)
+    batch = example if batch is None else batch
+    found = divisors(batch)
     if not others:
-        found = tuple(m for m in found if m * example == size)
+        found = tuple(m for m in found if m * example == batch)
     if not found:
         raise OptionError(
-            f"the step was captured for a batch of {example} alone, of which {size} is no multiple",
+            f"the step was captured for a batch of {example} alone, of which {batch} is no multiple",
             "capture with a batch of two or more, the first dimension of the first input",
         )
     if microbatches is not None and microbatches not in found:
         raise OptionError(
-            f"a batch of {size} cannot be cut into {microbatches} microbatches",
+            f"a batch of {batch} cannot be cut into {microbatches} microbatches",
             f"expected one of {', '.join(map(str, found))}",
         )
-    return size, found if microbatches is None else (microbatches,)
+    return batch, found if microbatches is None else (microbatches,)
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class Study:
     def option(self) -> str:
         """The pass with the options that cut so."""
         one, asked = self.choice.candidate, self.asked
-        caps = asked.caps if isinstance(asked.memory, tuple) else asked.caps[:1]
+        caps = asked.caps[:1] if isinstance(asked.memory, float) else asked.caps
         options = {
             "stages": len(self.plan.stages), "microbatches": one.microbatches, "schedule": one.schedule,
             "chunks": one.chunks if one.chunks > 1 else None,

@@ -116,12 +116,3 @@ def test_a_fixed_batch_is_that_of_a_microbatch():
     other = program_of(Chain(), torch.randn(6, 8))
     with pytest.raises(OptionError, match=r"a batch of 6 cannot be cut into 4 .*\n?.*one of 1, 2, 3, 6"):
         Partition(stages=2).study(other, microbatches=4)
-
-
-def test_a_batch_that_the_guards_do_not_take_is_refused(program):
-    assert sized(program, 8).hints == program.hints
-    with pytest.raises(OptionError, match=r"a batch of 1 is not taken, expected sizes with 2 <="):
-        sized(program, 1)
-    one = Partition(stages=2).study(program, batch=8).choice
-    assert {t.candidate.microbatches for t in one.tried} == {1, 2, 4}
-    assert any(c.microbatches == 8 and "a batch of 1 is not taken" in why for c, why in one.left_out)
